@@ -1,0 +1,294 @@
+//! Names ⇄ paths of the storage layout; the only place that spells `_manifests`, `link`, `data`.
+//!
+//! Every path is relative to the registry directory, `<rootdirectory>/docker/registry/v2`:
+//! ```text
+//! blobs/<alg>/<2 hex>/<hex>/data
+//! repositories/<name>/_layers/<alg>/<hex>/link
+//! repositories/<name>/_manifests/revisions/<alg>/<hex>/link
+//! repositories/<name>/_manifests/tags/<tag>/{current/link,index/<alg>/<hex>/link}
+//! repositories/<name>/_uploads/<uuid>/{startedat,data,hashstates/…}
+//! .regfs/{lock,trash/<transaction>/…}                                    ours
+//! ```
+//! Pure: no I/O, nothing can fail but parsing. Source: distribution `registry/storage/paths.go`.
+
+use std::ffi::OsStr;
+use std::path::{Component, Path, PathBuf};
+
+use crate::digest::{Algorithm, Digest, ParseDigestError};
+
+/// Where the registry directory lies below the storage root.
+pub const REGISTRY_DIR: &str = "docker/registry/v2";
+/// All blobs.
+pub const BLOBS: &str = "blobs";
+/// All repositories.
+pub const REPOSITORIES: &str = "repositories";
+/// Manifests and tags of a repository.
+pub const MANIFESTS: &str = "_manifests";
+/// Layer links of a repository.
+pub const LAYERS: &str = "_layers";
+/// Pushes in progress of a repository.
+pub const UPLOADS: &str = "_uploads";
+/// Revisions, below `_manifests`.
+pub const REVISIONS: &str = "revisions";
+/// Tags, below `_manifests`.
+pub const TAGS: &str = "tags";
+/// Our own directory, a sibling of `blobs`, where no registry looks.
+pub const OWN: &str = ".regfs";
+/// File in [`OWN`] that is locked by whoever changes the store.
+pub const LOCK: &str = ".regfs/lock";
+/// Transactions.
+pub const TRASH: &str = ".regfs/trash";
+/// The description of a transaction, inside it.
+pub const TRANSACTION_FILE: &str = "txn.json";
+
+const LINK: &str = "link";
+const DATA: &str = "data";
+const CURRENT: &str = "current";
+
+/// Directory of the blobs whose hex begins with `prefix`: `blobs/sha256/ab`.
+pub fn blob_shard(algorithm: Algorithm, prefix: &str) -> PathBuf {
+    Path::new(BLOBS).join(algorithm.name()).join(prefix)
+}
+
+/// Directory of one blob: `blobs/sha256/ab/ab…`.
+pub fn blob_dir(digest: &Digest) -> PathBuf {
+    let hex = digest.hex();
+    blob_shard(digest.algorithm(), &hex[..2]).join(hex)
+}
+
+/// Bytes of one blob: `blobs/sha256/ab/ab…/data`.
+pub fn blob_data(digest: &Digest) -> PathBuf {
+    blob_dir(digest).join(DATA)
+}
+
+/// Directory of a repository (or of a namespace): `repositories/library/alpine`.
+pub fn repository(name: &Path) -> PathBuf {
+    Path::new(REPOSITORIES).join(name)
+}
+
+/// `…/_manifests/revisions/sha256/<hex>/link`.
+pub fn revision_link(repository: &Path, digest: &Digest) -> PathBuf {
+    revisions(repository).join(digest.algorithm().name()).join(digest.hex()).join(LINK)
+}
+
+/// `…/_manifests/revisions`.
+pub fn revisions(repository: &Path) -> PathBuf {
+    self::repository(repository).join(MANIFESTS).join(REVISIONS)
+}
+
+/// `…/_layers/sha256/<hex>/link`.
+pub fn layer_link(repository: &Path, digest: &Digest) -> PathBuf {
+    layers(repository).join(digest.algorithm().name()).join(digest.hex()).join(LINK)
+}
+
+/// `…/_layers`.
+pub fn layers(repository: &Path) -> PathBuf {
+    self::repository(repository).join(LAYERS)
+}
+
+/// `…/_manifests/tags`.
+pub fn tags(repository: &Path) -> PathBuf {
+    self::repository(repository).join(MANIFESTS).join(TAGS)
+}
+
+/// `…/_manifests/tags/<tag>`, which the registry lists.
+pub fn tag_dir(repository: &Path, tag: &OsStr) -> PathBuf {
+    tags(repository).join(tag)
+}
+
+/// `…/_manifests/tags/<tag>/current/link`, which the registry serves.
+pub fn tag_link(repository: &Path, tag: &OsStr) -> PathBuf {
+    tag_dir(repository, tag).join(CURRENT).join(LINK)
+}
+
+/// `…/_uploads`.
+pub fn uploads(repository: &Path) -> PathBuf {
+    self::repository(repository).join(UPLOADS)
+}
+
+/// `…/_uploads/<uuid>`.
+pub fn upload_dir(repository: &Path, upload: &OsStr) -> PathBuf {
+    uploads(repository).join(upload)
+}
+
+/// `…/_uploads/<uuid>/data`: the bytes received so far.
+pub fn upload_data(repository: &Path, upload: &OsStr) -> PathBuf {
+    upload_dir(repository, upload).join(DATA)
+}
+
+/// `…/_uploads/<uuid>/startedat`: RFC 3339, UTC.
+pub fn upload_started_at(repository: &Path, upload: &OsStr) -> PathBuf {
+    upload_dir(repository, upload).join("startedat")
+}
+
+/// Signatures of an old schema 1 manifest: `…/revisions/<alg>/<hex>/signatures/<alg>`.
+pub fn signatures(repository: &Path, digest: &Digest, algorithm: Algorithm) -> PathBuf {
+    revisions(repository)
+        .join(digest.algorithm().name())
+        .join(digest.hex())
+        .join("signatures")
+        .join(algorithm.name())
+}
+
+/// `.regfs/trash/<id>`.
+pub fn transaction(id: &str) -> PathBuf {
+    Path::new(TRASH).join(id)
+}
+
+/// Parses the content of a link file: exactly one digest, nothing else.
+pub fn parse_link(text: &[u8]) -> Result<Digest, ParseDigestError> {
+    std::str::from_utf8(text).map_err(|_| ParseDigestError)?.parse()
+}
+
+/// What a path of the registry directory is, as far as trash and undo must know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `blobs/<alg>/<2 hex>/<hex>/data`.
+    Blob(Digest),
+    /// `repositories/<name>/_layers/<alg>/<hex>/link`.
+    LayerLink(PathBuf, Digest),
+    /// `repositories/<name>/_manifests/revisions/<alg>/<hex>/link`.
+    Revision(PathBuf, Digest),
+    /// `repositories/<name>/_manifests/tags/<tag>`, the directory.
+    Tag(PathBuf, std::ffi::OsString),
+    /// Anything else.
+    Other,
+}
+
+/// Tells what `path` is; the inverse of the functions above.
+pub fn classify(path: &Path) -> Kind {
+    let parts: Vec<&OsStr> = path
+        .components()
+        .filter_map(|c| match c {
+            Component::Normal(part) => Some(part),
+            _ => None,
+        })
+        .collect();
+    let digest = |algorithm: &OsStr, hex: &OsStr| {
+        Digest::from_parts(algorithm.to_str().unwrap_or(""), hex.to_str().unwrap_or(""))
+    };
+    let kind = match parts.as_slice() {
+        [blobs, algorithm, _, hex, data] if *blobs == BLOBS && *data == DATA => {
+            digest(algorithm, hex).map(Kind::Blob)
+        }
+        [repositories, name @ .., layers, algorithm, hex, link]
+            if *repositories == REPOSITORIES && *layers == LAYERS && *link == LINK =>
+        {
+            digest(algorithm, hex).map(|d| Kind::LayerLink(name.iter().collect(), d))
+        }
+        [repositories, name @ .., manifests, revisions, algorithm, hex, link]
+            if *repositories == REPOSITORIES
+                && *manifests == MANIFESTS
+                && *revisions == REVISIONS
+                && *link == LINK =>
+        {
+            digest(algorithm, hex).map(|d| Kind::Revision(name.iter().collect(), d))
+        }
+        [repositories, name @ .., manifests, tags, tag]
+            if *repositories == REPOSITORIES && *manifests == MANIFESTS && *tags == TAGS =>
+        {
+            Some(Kind::Tag(name.iter().collect(), tag.to_os_string()))
+        }
+        _ => None,
+    };
+    kind.unwrap_or(Kind::Other)
+}
+
+/// Whether `component` may stand between the slashes of a repository name:
+/// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`.
+pub fn is_name_component(component: &OsStr) -> bool {
+    let bytes = component.as_encoded_bytes();
+    let ends = [bytes.first(), bytes.last()];
+    bytes.len() <= 255
+        && ends.into_iter().all(|end| end.is_some_and(|b| is_plain(*b)))
+        && separators(bytes).all(|s| matches!(s, b"." | b"_" | b"__") || s.iter().all(|b| *b == b'-'))
+}
+
+/// The runs of bytes that are neither letters nor digits.
+fn separators(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    bytes.chunk_by(|a, b| is_plain(*a) == is_plain(*b)).filter(|run| !is_plain(run[0]))
+}
+
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_lowercase() || byte.is_ascii_digit()
+}
+
+/// Whether `name` is a tag: `[A-Za-z0-9_][A-Za-z0-9._-]{0,127}`.
+pub fn is_tag(name: &OsStr) -> bool {
+    let bytes = name.as_encoded_bytes();
+    let word = |b: &u8| b.is_ascii_alphanumeric() || *b == b'_';
+    bytes.len() <= 128
+        && bytes.first().is_some_and(word)
+        && bytes.iter().all(|b| word(b) || matches!(b, b'.' | b'-'))
+}
+
+/// The manifest that a fallback referrers tag or a cosign tag is about.
+///
+/// `sha256-<hex>` (OCI distribution 1.1 referrers fallback), and cosign's `sha256-<hex>.sig`, `.att`, `.sbom`.
+pub fn subject_of_tag(tag: &str) -> Option<Digest> {
+    let (algorithm, rest) = tag.split_once('-')?;
+    let hex = match rest.split_once('.') {
+        None => rest,
+        Some((hex, "sig" | "att" | "sbom")) => hex,
+        Some(_) => return None,
+    };
+    Digest::from_parts(algorithm, hex)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repository_components_follow_the_grammar() {
+        for good in ["a", "alpine", "a1", "a.b", "a_b", "a__b", "a-b", "a---b", "0"] {
+            assert!(is_name_component(OsStr::new(good)), "{good}");
+        }
+        for bad in ["", "_a", "a_", ".a", "a..b", "a___b", "a._b", "A", "a b", "ä", "a-", "_layers", "a-_b"]
+        {
+            assert!(!is_name_component(OsStr::new(bad)), "{bad}");
+        }
+    }
+
+    #[test]
+    fn tags_follow_the_grammar() {
+        let longest = "a".repeat(128);
+        for good in ["1", "3.8", "_x", "A-b_c.d", &longest] {
+            assert!(is_tag(OsStr::new(good)), "{good}");
+        }
+        let too_long = "a".repeat(129);
+        for bad in ["", ".a", "-a", "a/b", "a:b", "ä", &too_long] {
+            assert!(!is_tag(OsStr::new(bad)), "{bad}");
+        }
+    }
+
+    #[test]
+    fn classify_is_the_inverse_of_the_path_functions() {
+        let digest = Digest::of(Algorithm::Sha256, b"x");
+        let name = Path::new("library/alpine");
+        let cases = [
+            (blob_data(&digest), Kind::Blob(digest)),
+            (layer_link(name, &digest), Kind::LayerLink(name.into(), digest)),
+            (revision_link(name, &digest), Kind::Revision(name.into(), digest)),
+            (tag_dir(name, OsStr::new("3.8")), Kind::Tag(name.into(), "3.8".into())),
+            (tag_link(name, OsStr::new("3.8")), Kind::Other),
+            (blob_dir(&digest), Kind::Other),
+            (upload_dir(name, OsStr::new("u")), Kind::Other),
+        ];
+        for (path, kind) in cases {
+            assert_eq!(classify(&path), kind, "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn referrer_tags_name_their_subject() {
+        let digest = Digest::of(Algorithm::Sha256, b"x");
+        let hex = digest.hex();
+        for suffix in ["", ".sig", ".att", ".sbom"] {
+            assert_eq!(subject_of_tag(&format!("sha256-{hex}{suffix}")), Some(digest));
+        }
+        for other in [format!("sha256-{hex}.txt"), format!("sha256-{}", &hex[1..]), "3.8-x".into()] {
+            assert_eq!(subject_of_tag(&other), None, "{other}");
+        }
+    }
+}

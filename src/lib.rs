@@ -1,0 +1,8 @@
+//! regfs: a registry's storage as a file tree, with deletion that comes back and garbage collection.
+//!
+//! Data runs one way and each module knows only those above it in this list; see `docs/architecture.md`.
+
+pub mod digest;
+pub mod error;
+pub mod layout;
+pub mod store;

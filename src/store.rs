@@ -1,0 +1,161 @@
+//! Every read, list, stat, rename and write of a registry's storage.
+//!
+//! [`Store`] is what regfs needs of a storage, and no more than an object store can give: list one level
+//! below a prefix, read, write, remove many, move. Nothing above this module relies on directories existing
+//! without files in them, or on the times of directories.
+//!
+//! All paths are relative to the registry directory (see [`crate::layout`]). Implementations never follow a
+//! symlink below it. [`disk::Disk`] is a local filesystem; [`memory::Memory`] keeps everything in a flat map of
+//! keys, as an object store would, and serves tests.
+
+pub mod disk;
+pub mod memory;
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use crate::error::{Error, Result};
+
+/// What a name stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// A regular file (an object).
+    File,
+    /// A directory (a common prefix).
+    Directory,
+    /// A symlink; never followed.
+    Symlink,
+    /// A socket, a device, ….
+    Other,
+}
+
+impl Kind {
+    /// For messages: `a directory`.
+    pub fn described(self) -> &'static str {
+        match self {
+            Kind::File => "a plain file",
+            Kind::Directory => "a directory",
+            Kind::Symlink => "a symlink (never followed)",
+            Kind::Other => "neither a file nor a directory",
+        }
+    }
+}
+
+/// One name below a prefix.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Entry {
+    /// Without slashes.
+    pub name: OsString,
+    /// What it stands for.
+    pub kind: Kind,
+}
+
+/// Facts about a file; equal for the same version of a file, different after a change.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stat {
+    /// Bytes.
+    pub size: u64,
+    /// Blocks of 512 bytes that it takes on the disk.
+    pub blocks: u64,
+    /// Last change of the content.
+    pub modified: SystemTime,
+    /// Last change of content, name or attributes; the same as `modified` where a storage has no such time.
+    pub changed: SystemTime,
+    /// Identity on this storage, 0 where it has none.
+    pub inode: u64,
+}
+
+/// A file opened for reading.
+pub trait Reader: Send + Sync {
+    /// Reads up to `buffer.len()` bytes at `offset`; 0 at the end.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// The file on a local disk, if there is one.
+    fn file(&self) -> Option<&File>;
+}
+
+/// Space of the storage in blocks of `block_size` bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Space {
+    /// All blocks.
+    pub blocks: u64,
+    /// Free ones.
+    pub free: u64,
+    /// Free ones for users other than root.
+    pub available: u64,
+    /// All inodes.
+    pub files: u64,
+    /// Free inodes.
+    pub files_free: u64,
+    /// Bytes per block.
+    pub block_size: u32,
+}
+
+/// The storage of one registry.
+///
+/// "Absent" is `None`; every other failure is an error that names the full path.
+pub trait Store: Send + Sync {
+    /// The names one level below `prefix`, in no particular order.
+    fn list(&self, prefix: &Path) -> Result<Option<Vec<Entry>>>;
+
+    /// Facts about a regular file; anything else there is [`Error::Misplaced`].
+    fn stat(&self, path: &Path) -> Result<Option<Stat>>;
+
+    /// A whole file with the facts about the version read; [`Error::TooLarge`] beyond `limit` bytes.
+    fn read(&self, path: &Path, limit: usize) -> Result<Option<(Vec<u8>, Stat)>>;
+
+    /// Opens a file for reading.
+    fn open(&self, path: &Path) -> Result<Option<Box<dyn Reader>>>;
+
+    /// Writes a file as a whole, replacing what is there at once or not at all.
+    fn write(&self, path: &Path, content: &[u8]) -> Result<()>;
+
+    /// Moves a file, or everything below a prefix, with owner and mode; never replaces anything
+    /// ([`Error::Exists`]). `Ok(false)`: there is nothing at `from`.
+    ///
+    /// Directories that `to` needs are made with owner and mode of the ones of the same name above `from`.
+    /// At once on a disk; object by object elsewhere, so a crash may leave both.
+    fn rename(&self, from: &Path, to: &Path) -> Result<bool>;
+
+    /// Removes files; those that are absent count as removed. Returns each failure.
+    fn remove(&self, paths: &[PathBuf]) -> Vec<Error>;
+
+    /// Removes empty directories at and below `prefix`, bottom up. Nothing to do where a storage has none.
+    fn prune(&self, prefix: &Path) -> Result<()>;
+
+    /// Makes everything done so far durable.
+    fn sync(&self) -> Result<()>;
+
+    /// Takes the lock of whoever changes this store, for as long as the guard lives or the process does.
+    ///
+    /// Waits for up to `wait`, then fails with [`Error::Busy`] that says who has it. `who` is shown to others.
+    fn lock(&self, who: &str, wait: Duration) -> Result<Box<dyn Send>>;
+
+    /// How much space there is.
+    fn space(&self) -> Result<Space>;
+
+    /// The full name of `path`, for messages.
+    fn full(&self, path: &Path) -> PathBuf;
+}
+
+/// Every file below `prefix`, depth first; symlinks and the like too, with their kind.
+pub fn walk(store: &dyn Store, prefix: &Path, each: &mut dyn FnMut(PathBuf, Kind)) -> Result<()> {
+    for entry in store.list(prefix)?.unwrap_or_default() {
+        let path = prefix.join(&entry.name);
+        match entry.kind {
+            Kind::Directory => walk(store, &path, each)?,
+            kind => each(path, kind),
+        }
+    }
+    Ok(())
+}
+
+/// Checks that `kind` is a file's; the error of all implementations otherwise.
+fn expect_file(kind: Kind, full: PathBuf) -> Result<()> {
+    match kind {
+        Kind::File => Ok(()),
+        other => Err(Error::Misplaced { path: full, found: other.described() }),
+    }
+}
