@@ -25,8 +25,8 @@ pub enum Error {
     Misplaced {
         /// Where.
         path: PathBuf,
-        /// What was found, for example `a symlink (never followed)`.
-        found: &'static str,
+        /// What was found.
+        found: Found,
     },
     /// A file is larger than anything valid in its place.
     TooLarge {
@@ -72,6 +72,37 @@ pub enum Error {
         /// A line per problem, each with its path.
         problems: Vec<String>,
     },
+}
+
+/// What lies where something else belongs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Found {
+    /// A symlink, at the path or above it.
+    Symlink,
+    /// A file where a directory belongs, at the path or above it.
+    File,
+    /// A directory where a file belongs.
+    Directory,
+    /// A socket, a device, ….
+    Other,
+}
+
+impl Found {
+    /// Whether content may lie behind it that regfs does not see.
+    pub fn hides(self) -> bool {
+        matches!(self, Found::Symlink | Found::Directory)
+    }
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Found::Symlink => "a symlink, or below one (never followed)",
+            Found::File => "a plain file, or below one",
+            Found::Directory => "a directory",
+            Found::Other => "neither a file nor a directory",
+        })
+    }
 }
 
 impl Error {

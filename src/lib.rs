@@ -2,7 +2,11 @@
 //!
 //! Data runs one way and each module knows only those above it in this list; see `docs/architecture.md`.
 
+pub mod catalog;
 pub mod digest;
 pub mod error;
+pub mod gc;
 pub mod layout;
+pub mod manifest;
 pub mod store;
+pub mod trash;

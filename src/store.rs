@@ -17,7 +17,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Found, Result};
 
 /// What a name stands for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,18 +30,6 @@ pub enum Kind {
     Symlink,
     /// A socket, a device, ….
     Other,
-}
-
-impl Kind {
-    /// For messages: `a directory`.
-    pub fn described(self) -> &'static str {
-        match self {
-            Kind::File => "a plain file",
-            Kind::Directory => "a directory",
-            Kind::Symlink => "a symlink (never followed)",
-            Kind::Other => "neither a file nor a directory",
-        }
-    }
 }
 
 /// One name below a prefix.
@@ -156,6 +144,17 @@ pub fn walk(store: &dyn Store, prefix: &Path, each: &mut dyn FnMut(PathBuf, Kind
 fn expect_file(kind: Kind, full: PathBuf) -> Result<()> {
     match kind {
         Kind::File => Ok(()),
-        other => Err(Error::Misplaced { path: full, found: other.described() }),
+        other => Err(Error::Misplaced { path: full, found: other.into() }),
+    }
+}
+
+impl From<Kind> for Found {
+    fn from(kind: Kind) -> Found {
+        match kind {
+            Kind::File => Found::File,
+            Kind::Directory => Found::Directory,
+            Kind::Symlink => Found::Symlink,
+            Kind::Other => Found::Other,
+        }
     }
 }

@@ -22,7 +22,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::{Entry, Kind, Reader, Space, Stat, Store, expect_file};
-use crate::error::{Error, Result};
+use crate::error::{Error, Found, Result};
 use crate::layout;
 
 /// A registry directory on a local filesystem.
@@ -102,9 +102,9 @@ impl Disk {
     fn error(&self, doing: &'static str, path: &Path, errno: Errno) -> Error {
         let full = self.full(path);
         match errno {
-            Errno::LOOP => Error::Misplaced { path: full, found: "a symlink, or below one (never followed)" },
-            Errno::NOTDIR => Error::Misplaced { path: full, found: "not a directory, or below a plain file" },
-            Errno::ISDIR => Error::Misplaced { path: full, found: Kind::Directory.described() },
+            Errno::LOOP => Error::Misplaced { path: full, found: Found::Symlink },
+            Errno::NOTDIR => Error::Misplaced { path: full, found: Found::File },
+            Errno::ISDIR => Error::Misplaced { path: full, found: Found::Directory },
             errno => Error::io(doing, &full, errno),
         }
     }

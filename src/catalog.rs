@@ -1,0 +1,315 @@
+//! The registry in memory: an immutable snapshot of repositories, tags, manifests and blobs.
+//!
+//! [`scan::scan`] builds one from a [`crate::store::Store`]; given the one before, it reads only what changed.
+//! View, mark and plan are functions of a catalog, so they are tested without disk, root or kernel.
+//!
+//! A catalog is lenient: what can't be read is a [`Problem`] in it, and each problem says what is kept because
+//! of it. The mark obeys these effects; a collection refuses to start where one says so.
+//!
+//! # Layout
+//! Digests and names are numbers ([`intern`]); whatever there is many of is a flat list of them.
+
+pub mod intern;
+pub mod scan;
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::digest::Digest;
+use crate::manifest::Kind;
+use crate::store::Stat;
+use intern::{DigestId, Digests, IdSet, NameId, Names};
+
+/// What two catalogs of the same store have in common: the numbers.
+#[derive(Clone, Default)]
+pub struct Tables {
+    /// Numbers of digests.
+    pub digests: Arc<Digests>,
+    /// Numbers of names.
+    pub names: Arc<Names>,
+}
+
+/// A snapshot of a registry.
+pub struct Catalog {
+    /// The numbers used here.
+    pub tables: Tables,
+    /// By name (of the directory below `repositories`), in order; those with invalid names as well.
+    pub repositories: BTreeMap<PathBuf, Arc<Repository>>,
+    /// Every manifest that a repository, a tag or an index names.
+    pub manifests: HashMap<DigestId, Arc<Manifest>>,
+    /// Blobs whose directory exists, in order of their digests. Whether the bytes are there, a stat tells.
+    pub blobs: Vec<DigestId>,
+    /// The same as a set.
+    pub present: IdSet,
+    /// Where a repository serves a digest under another one (sha512 names for blobs stored under sha256).
+    pub aliases: HashMap<DigestId, Vec<DigestId>>,
+    /// What could not be read or does not belong.
+    pub problems: Vec<Problem>,
+    /// When the scan began.
+    pub scanned_at: SystemTime,
+}
+
+/// One repository.
+#[derive(Clone, Debug, Default)]
+pub struct Repository {
+    /// Its name, the path below `repositories`.
+    pub name: PathBuf,
+    /// Whether a registry can serve it: its name follows the grammar.
+    pub is_valid: bool,
+    /// Manifests of this repository, in order of the numbers of their digests.
+    pub revisions: Vec<Revision>,
+    /// Tags in order of the numbers of their names; only those a registry could serve by name.
+    pub tags: Vec<Tag>,
+    /// Blobs this repository may serve, by the digest in the path, in order of their numbers.
+    pub layers: Vec<DigestId>,
+    /// Further blobs it holds: targets of links under unknown algorithms, of tags with invalid names, signatures.
+    pub held: Vec<DigestId>,
+    /// Pushes in progress, by name.
+    pub uploads: Vec<NameId>,
+    /// How much is kept here because something could not be judged.
+    pub keeps: Keeps,
+}
+
+/// What a repository keeps beyond what its manifests name.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub enum Keeps {
+    /// Nothing.
+    #[default]
+    Named,
+    /// Every revision, tagged or not.
+    Revisions,
+    /// Every revision and every blob that a layer link names.
+    Everything,
+}
+
+/// A repository's claim on a manifest.
+#[derive(Clone, Copy, Debug)]
+pub struct Revision {
+    /// The digest in the path, by which clients ask.
+    pub digest: DigestId,
+    /// The digest in the link, whose bytes are served; the same unless someone tampered.
+    pub target: DigestId,
+    /// Facts of the link file: its time is the last push.
+    pub stat: Stat,
+    /// The content was read, and is a digest.
+    pub is_readable: bool,
+}
+
+/// A tag.
+#[derive(Clone, Copy, Debug)]
+pub struct Tag {
+    /// Its name.
+    pub name: NameId,
+    /// What it points at; `None` when its link can't be read.
+    pub target: Option<DigestId>,
+    /// Facts of `current/link`: its time is the push. `None` when that file is missing.
+    pub stat: Option<Stat>,
+}
+
+/// What is known of a manifest.
+#[derive(Clone, Debug)]
+pub enum Manifest {
+    /// Read, and its bytes match its digest.
+    Parsed(Parsed),
+    /// It is there, but damaged: what it names is unknown.
+    Damaged {
+        /// Why.
+        reason: String,
+    },
+    /// Its bytes are not in the store.
+    Missing,
+}
+
+/// A manifest as numbers; see [`crate::manifest::Manifest`] for what the fields mean.
+#[derive(Clone, Debug)]
+pub struct Parsed {
+    /// What sort it is.
+    pub kind: Kind,
+    /// Its media type.
+    pub media_type: NameId,
+    /// Its artifact type.
+    pub artifact_type: Option<NameId>,
+    /// Bytes.
+    pub size: u64,
+    /// The config.
+    pub config: Option<Descriptor>,
+    /// The layers.
+    pub layers: Box<[Descriptor]>,
+    /// The children.
+    pub children: Box<[Descriptor]>,
+    /// What it is about.
+    pub subject: Option<DigestId>,
+    /// Further digests that count.
+    pub others: Box<[DigestId]>,
+    /// Why `others` was needed.
+    pub odd: Option<Box<str>>,
+}
+
+/// What a manifest names.
+#[derive(Clone, Copy, Debug)]
+pub struct Descriptor {
+    /// The content.
+    pub digest: DigestId,
+    /// Bytes, as the manifest claims.
+    pub size: u64,
+    /// Its media type.
+    pub media_type: NameId,
+    /// For children of an index.
+    pub platform: Option<NameId>,
+}
+
+impl Parsed {
+    /// Everything this manifest holds, each once: config, layers, children, whatever odd text names. Not its subject.
+    pub fn references(&self) -> Vec<DigestId> {
+        let named = self.config.iter().chain(&self.layers).chain(&self.children).map(|d| d.digest);
+        let mut all: Vec<DigestId> = named.chain(self.others.iter().copied()).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// Config, layers and children with what is said about them.
+    pub fn descriptors(&self) -> impl Iterator<Item = &Descriptor> {
+        self.config.iter().chain(&self.layers).chain(&self.children)
+    }
+}
+
+impl Manifest {
+    /// The parsed manifest, if it could be read.
+    pub fn parsed(&self) -> Option<&Parsed> {
+        match self {
+            Manifest::Parsed(parsed) => Some(parsed),
+            Manifest::Damaged { .. } | Manifest::Missing => None,
+        }
+    }
+}
+
+/// Something that could not be read or does not belong where it is.
+#[derive(Clone, Debug)]
+pub struct Problem {
+    /// Where, below the registry directory.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub what: String,
+    /// What follows from it.
+    pub effect: Effect,
+}
+
+/// What a problem does to a collection.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Effect {
+    /// Nothing depends on it; it stays where it is.
+    Ignored,
+    /// Every digest that stands in it is kept.
+    KeepsNamed,
+    /// This repository keeps all its manifests, tagged or not.
+    KeepsRevisions(PathBuf),
+    /// This repository keeps everything that is linked in it.
+    KeepsEverything(PathBuf),
+    /// No collection can run before it is mended.
+    StopsSweep,
+}
+
+impl std::fmt::Display for Effect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Effect::Ignored => f.write_str("nothing depends on it; regfs leaves it where it is"),
+            Effect::KeepsNamed => f.write_str("every digest that stands in it is kept"),
+            Effect::KeepsRevisions(name) => {
+                write!(f, "every manifest of {} is kept, tagged or not", name.display())
+            }
+            Effect::KeepsEverything(name) => write!(f, "everything linked in {} is kept", name.display()),
+            Effect::StopsSweep => f.write_str("no collection runs before it is mended"),
+        }
+    }
+}
+
+impl Repository {
+    /// The revision that clients ask for by `digest`.
+    pub fn revision(&self, digest: DigestId) -> Option<&Revision> {
+        let at = self.revisions.binary_search_by_key(&digest, |r| r.digest).ok()?;
+        self.revisions.get(at)
+    }
+
+    /// The tag of that name.
+    pub fn tag(&self, name: NameId) -> Option<&Tag> {
+        let at = self.tags.binary_search_by_key(&name, |t| t.name).ok()?;
+        self.tags.get(at)
+    }
+
+    /// Whether a tag can be served: it points at a revision.
+    pub fn is_served(&self, tag: &Tag) -> bool {
+        tag.target.is_some_and(|target| self.revision(target).is_some_and(|r| r.is_readable))
+    }
+}
+
+impl Catalog {
+    /// The empty catalog, for a registry never looked at.
+    pub fn empty() -> Catalog {
+        Catalog {
+            tables: Tables::default(),
+            repositories: BTreeMap::new(),
+            manifests: HashMap::new(),
+            blobs: Vec::new(),
+            present: IdSet::default(),
+            aliases: HashMap::new(),
+            problems: Vec::new(),
+            scanned_at: SystemTime::UNIX_EPOCH,
+        }
+    }
+
+    /// The digest that a number stands for.
+    pub fn digest(&self, id: DigestId) -> Digest {
+        self.tables.digests.get(id)
+    }
+
+    /// The name that a number stands for.
+    pub fn name(&self, id: NameId) -> Arc<OsStr> {
+        self.tables.names.get(id)
+    }
+
+    /// A repository by its name.
+    pub fn repository(&self, name: &Path) -> Option<&Arc<Repository>> {
+        self.repositories.get(name)
+    }
+
+    /// A manifest that could be read.
+    pub fn parsed(&self, id: DigestId) -> Option<&Parsed> {
+        self.manifests.get(&id).and_then(|m| m.parsed())
+    }
+
+    /// Whether the blob has a directory in the store.
+    pub fn has_blob(&self, id: DigestId) -> bool {
+        self.present.contains(id)
+    }
+
+    /// The blob that holds the bytes of `id`: itself, or what layer links say it is stored under.
+    pub fn stored_as(&self, id: DigestId) -> DigestId {
+        match self.aliases.get(&id).map(Vec::as_slice) {
+            Some([target, ..]) if !self.has_blob(id) => *target,
+            _ => id,
+        }
+    }
+
+    /// `id` and everything below it, each once, in the order of a walk; what is damaged or missing has nothing below.
+    pub fn closure(&self, id: DigestId) -> Vec<DigestId> {
+        let mut order = vec![id];
+        let mut seen: std::collections::HashSet<DigestId> = [id].into();
+        let mut next = 0;
+        while let Some(current) = order.get(next) {
+            next += 1;
+            let references = self.parsed(*current).map(Parsed::references).unwrap_or_default();
+            order.extend(references.into_iter().filter(|r| seen.insert(*r)));
+        }
+        order
+    }
+
+    /// The lines to print when a collection can't run; empty when it can.
+    pub fn obstacles(&self) -> Vec<String> {
+        let stops = self.problems.iter().filter(|p| p.effect == Effect::StopsSweep);
+        stops.map(|p| p.what.clone()).collect()
+    }
+}

@@ -1,0 +1,600 @@
+//! Builds a [`Catalog`] from a store; from the one before, reads only what changed.
+//!
+//! # Rules kept here
+//! 1. Blobs are listed first: a push writes blobs first and its tag last, so a blob that appears during the
+//!    scan is not in the list and can't be called garbage.
+//! 2. Nothing is skipped in silence. A failing call stops collections ([`Effect::StopsSweep`]); damage keeps what
+//!    it might hold; what merely lies around is noted.
+//! 3. A symlink where the registry would look for content hides what it holds, so it stops collections too.
+//! 4. An empty link is read again before it is called broken: registries before 3.1 rewrite links in place.
+//! 5. A link counts as unchanged by size, times and inode, and only if it had been at rest when last read: two
+//!    writes within one tick of the clock can't be told apart.
+//!
+//! # Cost
+//! A `list` per directory; a `read` per tag, revision and manifest. Again: a `stat` per tag and revision.
+//! No call per layer or per blob.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use super::intern::{DigestId, IdSet, NameId};
+use super::{
+    Catalog, Descriptor, Effect, Keeps, Manifest, Parsed, Problem, Repository, Revision, Tables, Tag,
+};
+use crate::digest::{Algorithm, Digest};
+use crate::error::{Error, Found, Result};
+use crate::store::{Entry, Kind, Stat, Store};
+use crate::{layout, manifest};
+
+/// Longest link in bytes that is worth reading: `sha512:` and 128 digits, and some to show what is wrong.
+const LINK_LIMIT: usize = 4096;
+/// How often, and how long apart, an empty link is read again.
+const EMPTY_LINK_READS: u32 = 4;
+const EMPTY_LINK_PAUSE: Duration = Duration::from_millis(5);
+/// How long a file must have been at rest for its times to tell versions apart.
+const AT_REST: Duration = Duration::from_secs(2);
+
+/// Looks at the whole store.
+///
+/// With `previous`, manifests are taken from it (their digests vouch for them) and links with the same facts
+/// are not read again. Never fails: what fails is a [`Problem`].
+pub fn scan(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>) -> Catalog {
+    let mut scan = Scan {
+        store,
+        tables: tables.clone(),
+        previous,
+        problems: Vec::new(),
+        aliases: HashMap::new(),
+        repositories: BTreeMap::new(),
+        current: None,
+    };
+    let scanned_at = SystemTime::now();
+    let blobs = scan.blobs();
+    scan.namespace(Path::new(""), true);
+    let present: IdSet = blobs.iter().copied().collect();
+    let manifests = scan.manifests(&present);
+    let Scan { mut problems, aliases, repositories, .. } = scan;
+    problems.sort_by(|a, b| a.path.cmp(&b.path).then_with(|| a.what.cmp(&b.what)));
+    let repositories = repositories.into_iter().map(|(name, r)| (name, Arc::new(r))).collect();
+    Catalog { tables: tables.clone(), repositories, manifests, blobs, present, aliases, problems, scanned_at }
+}
+
+struct Scan<'a> {
+    store: &'a dyn Store,
+    tables: Tables,
+    previous: Option<&'a Catalog>,
+    problems: Vec<Problem>,
+    aliases: HashMap<DigestId, Vec<DigestId>>,
+    repositories: BTreeMap<PathBuf, Repository>,
+    /// The repository being looked at.
+    current: Option<PathBuf>,
+}
+
+/// What stands in a link file.
+enum Link {
+    Absent,
+    /// It could not be read, or is no digest; noted already.
+    Bad(Option<Stat>),
+    To(Digest, Stat),
+}
+
+impl Scan<'_> {
+    fn note(&mut self, path: &Path, what: impl ToString, effect: Effect) {
+        self.problems.push(Problem { path: path.to_path_buf(), what: what.to_string(), effect });
+    }
+
+    /// Notes a failed call; damage has the given effect, anything else stops collections.
+    fn failed(&mut self, path: &Path, error: &Error, effect: Effect) {
+        let effect = match (&self.current, error) {
+            (_, e) if !e.is_damage() => Effect::StopsSweep,
+            // Where a directory of a repository should be, a symlink hides what it holds; a file has replaced it.
+            (Some(name), Error::Misplaced { found, .. })
+                if effect == Effect::StopsSweep && !found.hides() =>
+            {
+                Effect::KeepsEverything(name.clone())
+            }
+            _ => effect,
+        };
+        self.note(path, error, effect);
+    }
+
+    /// Lists a directory that must be one; `effect` is what follows from anything else in its place.
+    fn list(&mut self, path: &Path, effect: Effect) -> Vec<Entry> {
+        match self.store.list(path) {
+            Ok(entries) => entries.unwrap_or_default(),
+            Err(e) => {
+                self.failed(path, &e, effect);
+                Vec::new()
+            }
+        }
+    }
+
+    /// The directories among the entries of `path`; anything else is noted with `effect`.
+    fn directories(&mut self, path: &Path, effect: Effect) -> Vec<OsString> {
+        let mut names = Vec::new();
+        for entry in self.list(path, effect.clone()) {
+            match entry.kind {
+                Kind::Directory => names.push(entry.name),
+                kind => self.misplaced(&path.join(&entry.name), kind, effect.clone()),
+            }
+        }
+        names
+    }
+
+    /// Notes that `path` is no directory. A plain file hides nothing; a symlink may hide what `effect` says.
+    fn misplaced(&mut self, path: &Path, kind: Kind, effect: Effect) {
+        let effect = if kind == Kind::Symlink { effect } else { Effect::Ignored };
+        let full = self.store.full(path);
+        self.note(path, format!("{} is {}", full.display(), Found::from(kind)), effect);
+    }
+
+    fn unknown_name(&mut self, path: &Path, what: &str) {
+        let full = self.store.full(path);
+        self.note(path, format!("{} is {what}", full.display()), Effect::Ignored);
+    }
+
+    fn blobs(&mut self) -> Vec<DigestId> {
+        let mut blobs = Vec::new();
+        let root = Path::new(layout::BLOBS);
+        // A symlink in here hides blobs only from us: they are not listed, so they are never taken.
+        for algorithm in self.directories(root, Effect::Ignored) {
+            let path = root.join(&algorithm);
+            let Some(algorithm) = algorithm.to_str().and_then(Algorithm::from_name) else {
+                self.unknown_name(&path, "no known algorithm; what lies below it is never collected");
+                continue;
+            };
+            for shard in self.directories(&path, Effect::Ignored) {
+                let path = path.join(&shard);
+                for hex in self.directories(&path, Effect::Ignored) {
+                    let digest = Digest::from_parts(algorithm.name(), hex.to_str().unwrap_or(""));
+                    match digest.filter(|_| hex.as_encoded_bytes().starts_with(shard.as_encoded_bytes())) {
+                        Some(digest) => blobs.push(digest),
+                        None => self.unknown_name(&path.join(hex), "no digest of a blob in the right place"),
+                    }
+                }
+            }
+        }
+        blobs.sort_unstable();
+        blobs.iter().map(|d| self.tables.digests.intern(d)).collect()
+    }
+
+    /// Everything below a directory of `repositories`.
+    fn namespace(&mut self, name: &Path, is_valid: bool) {
+        let path = layout::repository(name);
+        let mut is_repository = false;
+        for entry in self.list(&path, Effect::StopsSweep) {
+            let own =
+                [layout::MANIFESTS, layout::LAYERS, layout::UPLOADS].iter().any(|own| entry.name == *own);
+            is_repository |= own && !name.as_os_str().is_empty();
+            let is_component = layout::is_name_component(&entry.name);
+            match entry.kind {
+                // What `_manifests` or `_layers` is, the repository finds out.
+                _ if own => {}
+                Kind::Directory if is_component => self.namespace(&name.join(entry.name), is_valid),
+                Kind::Directory if entry.name.as_encoded_bytes().starts_with(b"_") => {
+                    self.unknown_name(&path.join(&entry.name), "no part of a repository that regfs knows");
+                }
+                Kind::Directory => {
+                    let below = name.join(entry.name);
+                    self.unknown_name(
+                        &layout::repository(&below),
+                        "no valid repository name; what it links is kept",
+                    );
+                    self.namespace(&below, false);
+                }
+                kind => self.misplaced(&path.join(&entry.name), kind, Effect::StopsSweep),
+            }
+        }
+        if is_repository {
+            self.repository(name, is_valid);
+        }
+    }
+
+    fn repository(&mut self, name: &Path, is_valid: bool) {
+        let keeps = if is_valid { Keeps::Named } else { Keeps::Everything };
+        let mut repository =
+            Repository { name: name.to_path_buf(), is_valid, keeps, ..Repository::default() };
+        let everything = Effect::KeepsEverything(name.to_path_buf());
+        self.current = Some(name.to_path_buf());
+        let problems_before = self.problems.len();
+        let manifests = layout::repository(name).join(layout::MANIFESTS);
+        for part in self.directories(&manifests, Effect::StopsSweep) {
+            if part != layout::REVISIONS && part != layout::TAGS {
+                self.unknown_name(&manifests.join(part), "neither tags nor revisions");
+            }
+        }
+        let before = self.previous.and_then(|p| p.repositories.get(name)).cloned();
+        self.revisions(&mut repository, before.as_deref());
+        self.tags(&mut repository, before.as_deref());
+        self.layers(&mut repository);
+        for upload in self.directories(&layout::uploads(name), Effect::Ignored) {
+            repository.uploads.push(self.tables.names.intern(&upload));
+        }
+        // Damage found here raises what the repository keeps.
+        let mut raised = repository.keeps;
+        for problem in &self.problems[problems_before..] {
+            raised = raised.max(match &problem.effect {
+                Effect::KeepsRevisions(of) if of == name => Keeps::Revisions,
+                effect if *effect == everything => Keeps::Everything,
+                _ => Keeps::Named,
+            });
+        }
+        repository.keeps = raised;
+        self.current = None;
+        self.repositories.insert(name.to_path_buf(), repository);
+    }
+
+    fn revisions(&mut self, repository: &mut Repository, before: Option<&Repository>) {
+        let everything = Effect::KeepsEverything(repository.name.clone());
+        let root = layout::revisions(&repository.name);
+        let known: HashMap<DigestId, &Revision> =
+            before.into_iter().flat_map(|r| &r.revisions).map(|r| (r.digest, r)).collect();
+        for algorithm in self.directories(&root, Effect::StopsSweep) {
+            let path = root.join(&algorithm);
+            for hex in self.directories(&path, everything.clone()) {
+                let Some(digest) = parts(&algorithm, &hex) else {
+                    self.note_unknown_digest(&path.join(&hex), everything.clone());
+                    continue;
+                };
+                let id = self.tables.digests.intern(&digest);
+                let link = layout::revision_link(&repository.name, &digest);
+                let unchanged = known.get(&id).filter(|r| r.is_readable && self.is_unchanged(&link, &r.stat));
+                if let Some(revision) = unchanged {
+                    repository.revisions.push(**revision);
+                    continue;
+                }
+                let (target, stat, is_readable) = match self.read_link(&link, everything.clone()) {
+                    Link::Absent => continue,
+                    Link::To(target, stat) => (self.tables.digests.intern(&target), stat, true),
+                    Link::Bad(stat) => (id, stat.unwrap_or(NO_STAT), false),
+                };
+                if target != id {
+                    let what = format!("{} holds another digest", self.store.full(&link).display());
+                    self.note(&link, what, everything.clone());
+                }
+                repository.revisions.push(Revision { digest: id, target, stat, is_readable });
+            }
+        }
+        repository.revisions.sort_unstable_by_key(|r| r.digest);
+    }
+
+    fn tags(&mut self, repository: &mut Repository, before: Option<&Repository>) {
+        let revisions = Effect::KeepsRevisions(repository.name.clone());
+        let root = layout::tags(&repository.name);
+        let known: HashMap<NameId, &Tag> =
+            before.into_iter().flat_map(|r| &r.tags).map(|t| (t.name, t)).collect();
+        for name in self.directories(&root, revisions.clone()) {
+            let link = layout::tag_link(&repository.name, &name);
+            let id = self.tables.names.intern(&name);
+            let unchanged = known
+                .get(&id)
+                .filter(|t| t.target.is_some() && t.stat.is_some_and(|stat| self.is_unchanged(&link, &stat)));
+            let tag = match unchanged {
+                Some(tag) => **tag,
+                None => match self.read_link(&link, revisions.clone()) {
+                    Link::To(target, stat) => {
+                        Tag { name: id, target: Some(self.tables.digests.intern(&target)), stat: Some(stat) }
+                    }
+                    Link::Bad(stat) => Tag { name: id, target: None, stat },
+                    Link::Absent => {
+                        let what = format!(
+                            "{} is missing: the tag points nowhere",
+                            self.store.full(&link).display()
+                        );
+                        self.note(&link, what, revisions.clone());
+                        Tag { name: id, target: None, stat: None }
+                    }
+                },
+            };
+            if layout::is_tag(&name) {
+                if tag.target.is_some_and(|t| repository.revision(t).is_none()) {
+                    let full = self.store.full(&link);
+                    let what =
+                        format!("{} points at a manifest that this repository does not have", full.display());
+                    self.note(&link, what, Effect::KeepsNamed);
+                    repository.held.extend(tag.target);
+                }
+                repository.tags.push(tag);
+            } else {
+                self.unknown_name(&root.join(&name), "no valid tag; what it points at is kept");
+                repository.held.extend(tag.target);
+            }
+        }
+        repository.tags.sort_unstable_by_key(|t| t.name);
+    }
+
+    fn layers(&mut self, repository: &mut Repository) {
+        let everything = Effect::KeepsEverything(repository.name.clone());
+        let root = layout::layers(&repository.name);
+        for algorithm in self.directories(&root, Effect::StopsSweep) {
+            let path = root.join(&algorithm);
+            for hex in self.directories(&path, everything.clone()) {
+                let digest = parts(&algorithm, &hex);
+                if digest.is_none() && Algorithm::from_name(algorithm.to_str().unwrap_or("")).is_some() {
+                    self.note_unknown_digest(&path.join(&hex), Effect::Ignored);
+                    continue;
+                }
+                let id = digest.map(|d| self.tables.digests.intern(&d));
+                repository.layers.extend(id);
+                if algorithm == Algorithm::Sha256.name() {
+                    continue;
+                }
+                // Blobs lie under sha256; only the link tells which one another algorithm's name means.
+                let Link::To(target, _) = self.read_link(&path.join(&hex).join("link"), everything.clone())
+                else {
+                    continue;
+                };
+                let target = self.tables.digests.intern(&target);
+                match id {
+                    Some(id) if id == target => {}
+                    Some(id) => {
+                        let targets = self.aliases.entry(id).or_default();
+                        if !targets.contains(&target) {
+                            targets.push(target);
+                        }
+                    }
+                    None => repository.held.push(target),
+                }
+            }
+        }
+        repository.layers.sort_unstable();
+    }
+
+    fn note_unknown_digest(&mut self, path: &Path, effect: Effect) {
+        let what = format!("{} is not named by a digest that regfs knows", self.store.full(path).display());
+        self.note(path, what, effect);
+    }
+
+    /// Whether the file at `path` is the version that `known` describes.
+    fn is_unchanged(&self, path: &Path, known: &Stat) -> bool {
+        let read_at = self.previous.map_or(SystemTime::UNIX_EPOCH, |p| p.scanned_at);
+        let last_change = known.changed.max(known.modified);
+        let was_at_rest = read_at.duration_since(last_change).is_ok_and(|rest| rest > AT_REST);
+        // A failing stat is not hidden: the read that follows meets it again.
+        was_at_rest && self.store.stat(path).is_ok_and(|stat| stat.as_ref() == Some(known))
+    }
+
+    fn read_link(&mut self, path: &Path, effect: Effect) -> Link {
+        let mut reads = 0;
+        let (content, stat) = loop {
+            match self.store.read(path, LINK_LIMIT) {
+                Ok(Some((content, stat)))
+                    if content.is_empty() && reads < EMPTY_LINK_READS && is_recent(&stat) =>
+                {
+                    reads += 1;
+                    std::thread::sleep(EMPTY_LINK_PAUSE);
+                }
+                Ok(Some(found)) => break found,
+                Ok(None) => return Link::Absent,
+                Err(e) => {
+                    self.failed(path, &e, effect);
+                    return Link::Bad(None);
+                }
+            }
+        };
+        match layout::parse_link(&content) {
+            Ok(digest) => Link::To(digest, stat),
+            Err(e) => {
+                let shown: String = String::from_utf8_lossy(&content).chars().take(100).collect();
+                self.note(path, format!("{} holds {shown:?}: {e}", self.store.full(path).display()), effect);
+                Link::Bad(Some(stat))
+            }
+        }
+    }
+
+    /// Reads every manifest that a revision, a tag or an index names.
+    fn manifests(&mut self, present: &IdSet) -> HashMap<DigestId, Arc<Manifest>> {
+        let mut manifests: HashMap<DigestId, Arc<Manifest>> = HashMap::new();
+        let mut waiting: Vec<DigestId> = Vec::new();
+        for repository in self.repositories.values() {
+            waiting.extend(repository.revisions.iter().flat_map(|r| [r.digest, r.target]));
+            waiting.extend(repository.tags.iter().filter_map(|t| t.target));
+        }
+        while let Some(id) = waiting.pop() {
+            if manifests.contains_key(&id) {
+                continue;
+            }
+            let known = self.previous.and_then(|p| p.manifests.get(&id)).filter(|m| m.parsed().is_some());
+            let manifest = match known.filter(|_| present.contains(id)) {
+                Some(known) => known.clone(),
+                None => Arc::new(self.manifest(id)),
+            };
+            if let Manifest::Parsed(parsed) = &*manifest {
+                // An index may name things that are no manifests; those are blobs to keep, not to parse.
+                let is_manifest = |d: &&Descriptor| {
+                    let media_type = self.tables.names.get(d.media_type);
+                    media_type.is_empty() || media_type.to_str().is_some_and(manifest::is_manifest_type)
+                };
+                waiting.extend(parsed.children.iter().filter(is_manifest).map(|d| d.digest));
+            }
+            manifests.insert(id, manifest);
+        }
+        self.note_manifests(&manifests);
+        manifests
+    }
+
+    fn manifest(&mut self, id: DigestId) -> Manifest {
+        let digest = self.tables.digests.get(id);
+        let path = layout::blob_data(&digest);
+        let bytes = match self.store.read(&path, manifest::MAX_SIZE) {
+            Ok(Some((bytes, _))) => bytes,
+            Ok(None) => return Manifest::Missing,
+            Err(e) => {
+                if !e.is_damage() {
+                    self.failed(&path, &e, Effect::StopsSweep);
+                }
+                return Manifest::Damaged { reason: e.to_string() };
+            }
+        };
+        let full = self.store.full(&path);
+        if Digest::of(digest.algorithm(), &bytes) != digest {
+            return Manifest::Damaged { reason: format!("{} does not match its digest", full.display()) };
+        }
+        match manifest::parse(&bytes) {
+            Ok(manifest) => Manifest::Parsed(self.numbered(manifest, bytes.len())),
+            Err(e) => Manifest::Damaged { reason: format!("{} is no manifest: {}", full.display(), e.0) },
+        }
+    }
+
+    fn numbered(&self, manifest: manifest::Manifest, size: usize) -> Parsed {
+        let digest = |d: &Digest| self.tables.digests.intern(d);
+        let name = |name: &str| self.tables.names.intern(OsStr::new(name));
+        let descriptor = |d: &manifest::Descriptor| Descriptor {
+            digest: digest(&d.digest),
+            size: d.size,
+            media_type: name(&d.media_type),
+            platform: d.platform.as_deref().map(name),
+        };
+        Parsed {
+            kind: manifest.kind,
+            media_type: name(&manifest.media_type),
+            artifact_type: manifest.artifact_type.as_deref().map(name),
+            size: size as u64,
+            config: manifest.config.as_ref().map(descriptor),
+            layers: manifest.layers.iter().map(descriptor).collect(),
+            children: manifest.children.iter().map(descriptor).collect(),
+            subject: manifest.subject.as_ref().map(digest),
+            others: manifest.others.iter().map(digest).collect(),
+            odd: manifest.odd.map(Into::into),
+        }
+    }
+
+    /// Notes damaged, missing and odd manifests, and what their repositories keep because of them.
+    fn note_manifests(&mut self, manifests: &HashMap<DigestId, Arc<Manifest>>) {
+        for (id, manifest) in manifests {
+            let path = layout::blob_data(&self.tables.digests.get(*id));
+            match &**manifest {
+                Manifest::Parsed(Parsed { odd: Some(why), .. }) => {
+                    let what = format!("{}: {why}", self.store.full(&path).display());
+                    self.note(&path, what, Effect::KeepsNamed);
+                }
+                Manifest::Parsed(parsed) if parsed.kind == manifest::Kind::Schema1 => {
+                    let what = format!(
+                        "{} is a schema 1 manifest, which newer registries do not serve",
+                        self.store.full(&path).display()
+                    );
+                    self.note(&path, what, Effect::KeepsNamed);
+                }
+                Manifest::Parsed(_) | Manifest::Damaged { .. } | Manifest::Missing => {}
+            }
+        }
+        let unclear: HashSet<DigestId> = manifests
+            .iter()
+            .filter(|(_, m)| matches!(***m, Manifest::Damaged { .. }))
+            .map(|(id, _)| *id)
+            .collect();
+        let names: Vec<PathBuf> = self.repositories.keys().cloned().collect();
+        for name in names {
+            self.judge(&name, manifests, &unclear);
+        }
+    }
+
+    /// Raises what a repository keeps where one of its manifests is damaged or missing, or has old signatures.
+    fn judge(
+        &mut self,
+        name: &Path,
+        manifests: &HashMap<DigestId, Arc<Manifest>>,
+        unclear: &HashSet<DigestId>,
+    ) {
+        let Some(repository) = self.repositories.get(name) else { return };
+        let everything = Effect::KeepsEverything(name.to_path_buf());
+        let targets: Vec<DigestId> =
+            repository.revisions.iter().map(|r| r.target).chain(repository.held.iter().copied()).collect();
+        let mut found: Vec<(DigestId, String)> = Vec::new();
+        let mut schema1: Vec<DigestId> = Vec::new();
+        for revision in &repository.revisions {
+            match manifests.get(&revision.target).map(|m| &**m) {
+                Some(Manifest::Missing) => {
+                    let full = self.store.full(&layout::blob_data(&self.tables.digests.get(revision.target)));
+                    let what = format!(
+                        "{} is missing: {} has a manifest without bytes",
+                        full.display(),
+                        name.display()
+                    );
+                    found.push((revision.target, what));
+                }
+                Some(Manifest::Parsed(parsed)) if parsed.kind == manifest::Kind::Schema1 => {
+                    schema1.push(revision.digest);
+                }
+                _ => {}
+            }
+        }
+        if !unclear.is_empty() {
+            for id in closure(manifests, targets) {
+                if let Some(Manifest::Damaged { reason }) = manifests.get(&id).map(|m| &**m) {
+                    found.push((id, reason.clone()));
+                }
+            }
+        }
+        for (id, what) in found {
+            self.note(&layout::blob_data(&self.tables.digests.get(id)), what, everything.clone());
+            self.raise(name, Keeps::Everything);
+        }
+        for id in schema1 {
+            self.signatures(name, id);
+        }
+    }
+
+    /// Blobs that registries before 2.5 wrote beside a schema 1 manifest.
+    fn signatures(&mut self, name: &Path, id: DigestId) {
+        let digest = self.tables.digests.get(id);
+        for algorithm in Algorithm::ALL {
+            let path = layout::signatures(name, &digest, algorithm);
+            for hex in self.directories(&path, Effect::StopsSweep) {
+                let signature = Digest::from_parts(algorithm.name(), hex.to_str().unwrap_or(""));
+                let signature = signature.map(|d| self.tables.digests.intern(&d));
+                if let Some(repository) = self.repositories.get_mut(name) {
+                    repository.held.extend(signature);
+                }
+            }
+        }
+    }
+
+    fn raise(&mut self, name: &Path, keeps: Keeps) {
+        if let Some(repository) = self.repositories.get_mut(name) {
+            repository.keeps = repository.keeps.max(keeps);
+        }
+    }
+}
+
+/// Facts about a file that could not be read: it is from long ago and equal to no real one.
+const NO_STAT: Stat = Stat {
+    size: 0,
+    blocks: 0,
+    modified: SystemTime::UNIX_EPOCH,
+    changed: SystemTime::UNIX_EPOCH,
+    inode: u64::MAX,
+};
+
+fn parts(algorithm: &OsStr, hex: &OsStr) -> Option<Digest> {
+    Digest::from_parts(algorithm.to_str()?, hex.to_str()?)
+}
+
+/// Whether a file may be in the middle of being written.
+fn is_recent(stat: &Stat) -> bool {
+    SystemTime::now().duration_since(stat.modified).is_ok_and(|age| age < AT_REST)
+}
+
+/// Everything that the manifests in `from` lead to.
+fn closure(manifests: &HashMap<DigestId, Arc<Manifest>>, from: Vec<DigestId>) -> HashSet<DigestId> {
+    let mut seen: HashSet<DigestId> = from.iter().copied().collect();
+    let mut waiting = from;
+    while let Some(id) = waiting.pop() {
+        let Some(Manifest::Parsed(parsed)) = manifests.get(&id).map(|m| &**m) else { continue };
+        waiting
+            .extend(parsed.references().into_iter().filter(|r| manifests.contains_key(r) && seen.insert(*r)));
+    }
+    seen
+}
+
+/// A scan that must see everything: fails where a collection could not run.
+pub fn scan_strictly(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>) -> Result<Catalog> {
+    let catalog = scan(store, tables, previous);
+    match catalog.obstacles() {
+        problems if problems.is_empty() => Ok(catalog),
+        problems => Err(Error::Unjudged { problems }),
+    }
+}

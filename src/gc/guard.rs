@@ -1,0 +1,86 @@
+//! Guard: gives back what a manifest names again.
+//!
+//! A push can adopt a blob after the mark and before the sweep. As long as a transaction exists, whatever in it
+//! is named by a manifest of the store moves back: blobs, layer links that this repository needs, revisions that
+//! an index of the repository names.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::mark::{self, Untagged};
+use crate::catalog::Catalog;
+use crate::catalog::intern::{DigestId, IdSet};
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::layout::{self, Kind};
+use crate::store::Store;
+use crate::trash::{self, Contents};
+
+/// Moves back what `catalog` names; returns the paths, in the order they came back.
+pub fn give_back(store: &dyn Store, catalog: &Catalog) -> Result<Vec<PathBuf>> {
+    let mut restored = Vec::new();
+    let transactions = trash::contents(store)?;
+    if transactions.is_empty() {
+        return Ok(restored);
+    }
+    let mark = mark::mark(catalog, &Untagged::new());
+    let id_of = |digest: &Digest| catalog.tables.digests.find(digest);
+    let mut needs: HashMap<PathBuf, IdSet> = HashMap::new();
+    for transaction in &transactions {
+        let mut wanted: Vec<(u8, &Path)> = Vec::new();
+        for path in transaction.units() {
+            let is_wanted = match layout::classify(path) {
+                Kind::Blob(digest) => id_of(&digest).is_some_and(|id| mark.is_reachable(id)),
+                Kind::LayerLink(name, digest) | Kind::Revision(name, digest) => {
+                    id_of(&digest).is_some_and(|id| needs_of(catalog, &mut needs, name).contains(id))
+                }
+                Kind::Tag(..) | Kind::Other => false,
+            };
+            if is_wanted {
+                wanted.push((trash::order_of_return(path), path));
+            }
+        }
+        wanted.sort_unstable();
+        give_back_from(store, transaction, &wanted, &mut restored)?;
+    }
+    if !restored.is_empty() {
+        store.sync()?;
+    }
+    Ok(restored)
+}
+
+fn give_back_from(
+    store: &dyn Store,
+    transaction: &Contents,
+    wanted: &[(u8, &Path)],
+    restored: &mut Vec<PathBuf>,
+) -> Result<()> {
+    for (_, path) in wanted {
+        match transaction.put_back(store, path) {
+            Ok(true) => {
+                log::warn!("gave back {} from {}: a manifest names it", path.display(), transaction.id);
+                restored.push(path.to_path_buf());
+            }
+            // It came back by itself: a push wrote it again.
+            Ok(false) | Err(Error::Exists { .. }) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    match wanted.is_empty() {
+        true => Ok(()),
+        false => transaction.discard_if_empty(store),
+    }
+}
+
+/// What the manifests of a repository name, the manifests themselves left out unless another one names them.
+fn needs_of<'a>(catalog: &Catalog, needs: &'a mut HashMap<PathBuf, IdSet>, name: PathBuf) -> &'a IdSet {
+    needs.entry(name).or_insert_with_key(|name| {
+        let Some(repository) = catalog.repository(name) else { return IdSet::default() };
+        let targets = repository.revisions.iter().map(|r| r.target);
+        let mut named: Vec<DigestId> = Vec::new();
+        for target in targets {
+            named.extend(catalog.closure(target).into_iter().skip(1));
+        }
+        named.into_iter().collect()
+    })
+}

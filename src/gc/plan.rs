@@ -1,0 +1,211 @@
+//! Plan: every decision of a collection with its reason, as a value.
+//!
+//! [`Plan::new`] looks at the ages of what the mark found unreferenced, and at nothing else; [`decide`] is pure.
+//!
+//! # Rules kept here
+//! 1. The age of a blob is the newest of its times and those of any layer link to it: uploading a blob that
+//!    exists already changes only the link.
+//! 2. What can't be looked at is not garbage: a failing call ends the run; a blob without bytes is none.
+//! 3. The age of a revision is that of its link, which every push of the manifest renews.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use super::mark::{self, Mark, Untagged};
+use crate::catalog::Catalog;
+use crate::catalog::intern::{DigestId, IdSet};
+use crate::digest::Digest;
+use crate::error::Result;
+use crate::layout;
+use crate::store::{Stat, Store};
+
+/// What decides about garbage, besides the mark.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// Revisions that no tag leads to are garbage.
+    pub untagged: bool,
+    /// What was used more recently than this is left.
+    pub grace: Duration,
+    /// The time to count from.
+    pub now: SystemTime,
+}
+
+impl Policy {
+    /// When something last used then becomes garbage.
+    pub fn eligible_at(&self, last_used: SystemTime) -> SystemTime {
+        last_used.checked_add(self.grace).unwrap_or(last_used)
+    }
+
+    /// Whether something last used then is left. Without grace nothing is, whatever the clocks say.
+    pub fn is_young(&self, last_used: SystemTime) -> bool {
+        !self.grace.is_zero() && self.eligible_at(last_used) > self.now
+    }
+}
+
+/// An unreferenced blob and all that tells its age.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    /// Which.
+    pub digest: DigestId,
+    /// Facts of its bytes.
+    pub stat: Stat,
+    /// The newest sign of use.
+    pub last_used: SystemTime,
+    /// Layer links to it.
+    pub links: Vec<PathBuf>,
+}
+
+/// What sort of thing is taken.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ItemKind {
+    /// A repository's claim on a manifest.
+    Revision,
+    /// A repository's claim on a blob.
+    LayerLink,
+    /// Bytes.
+    Blob,
+}
+
+/// One thing to take.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
+pub struct Item {
+    /// What sort; the order of taking.
+    pub kind: ItemKind,
+    /// What moves.
+    pub path: PathBuf,
+    /// Which content it is or leads to.
+    pub digest: Digest,
+    /// Bytes that a purge frees; 0 for links.
+    pub bytes: u64,
+    /// Why it is garbage.
+    pub reason: &'static str,
+}
+
+/// An unreferenced blob that is too young to be taken.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Young {
+    /// Which.
+    pub digest: Digest,
+    /// Bytes.
+    pub bytes: u64,
+    /// From when on it may be taken.
+    pub eligible_at: SystemTime,
+}
+
+/// Everything a collection decided.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    /// What to take, in the order of taking.
+    pub items: Vec<Item>,
+    /// What is garbage but too young.
+    pub young: Vec<Young>,
+}
+
+impl Plan {
+    /// Marks `catalog` and decides.
+    pub fn new(store: &dyn Store, catalog: &Catalog, policy: &Policy) -> Result<Plan> {
+        let untagged = match policy.untagged {
+            true => mark::untagged(catalog, &|r| policy.is_young(r.stat.modified.max(r.stat.changed))),
+            false => Untagged::new(),
+        };
+        let mark = mark::mark(catalog, &untagged);
+        let candidates = candidates(store, catalog, &mark)?;
+        Ok(decide(catalog, &untagged, &candidates, policy))
+    }
+
+    /// What is left of this plan when a second look decided `other`.
+    pub fn confirmed_by(mut self, other: &Plan) -> Plan {
+        let still: BTreeSet<&PathBuf> = other.items.iter().map(|i| &i.path).collect();
+        self.items.retain(|item| still.contains(&item.path));
+        self
+    }
+
+    /// Bytes of the blobs to take.
+    pub fn bytes(&self) -> u64 {
+        self.items.iter().map(|i| i.bytes).sum()
+    }
+}
+
+/// Unreferenced blobs, with what tells their age.
+///
+/// # Cost
+/// A `stat` for each of them and for each layer link to them; nothing for blobs that are referenced.
+pub fn candidates(store: &dyn Store, catalog: &Catalog, mark: &Mark) -> Result<Vec<Candidate>> {
+    let mut links: HashMap<DigestId, Vec<PathBuf>> = HashMap::new();
+    for repository in catalog.repositories.values() {
+        for layer in repository.layers.iter().filter(|id| !mark.is_reachable(**id)) {
+            let link = layout::layer_link(&repository.name, &catalog.digest(*layer));
+            let aliased = catalog.aliases.get(layer).cloned().unwrap_or_else(|| vec![*layer]);
+            for target in aliased {
+                links.entry(target).or_default().push(link.clone());
+            }
+        }
+    }
+    let mut found = Vec::new();
+    for digest in catalog.blobs.iter().copied().filter(|id| !mark.is_reachable(*id)) {
+        let stat = match store.stat(&layout::blob_data(&catalog.digest(digest))) {
+            Ok(Some(stat)) => stat,
+            // A directory whose bytes were taken out earlier, or one of which nobody knows what it is.
+            Ok(None) => continue,
+            Err(e) if e.is_damage() => continue,
+            Err(e) => return Err(e),
+        };
+        let mut candidate =
+            Candidate { digest, stat, last_used: stat.modified.max(stat.changed), links: Vec::new() };
+        for link in links.remove(&digest).unwrap_or_default() {
+            if let Some(stat) = store.stat(&link)? {
+                candidate.last_used = candidate.last_used.max(stat.modified).max(stat.changed);
+                candidate.links.push(link);
+            }
+        }
+        found.push(candidate);
+    }
+    Ok(found)
+}
+
+/// Decides. Pure.
+pub fn decide(catalog: &Catalog, untagged: &Untagged, candidates: &[Candidate], policy: &Policy) -> Plan {
+    let mut plan = Plan::default();
+    let mut below_untagged = IdSet::default();
+    for (name, revisions) in untagged {
+        for id in revisions {
+            let digest = catalog.digest(*id);
+            let path = layout::revision_link(name, &digest);
+            plan.items.push(Item {
+                kind: ItemKind::Revision,
+                path,
+                digest,
+                bytes: 0,
+                reason: "no tag leads to it",
+            });
+            for below in catalog.closure(*id) {
+                below_untagged.insert(below);
+            }
+        }
+    }
+    let mut links: BTreeMap<PathBuf, Item> = BTreeMap::new();
+    let mut blobs = Vec::new();
+    for candidate in candidates {
+        let digest = catalog.digest(candidate.digest);
+        let bytes = candidate.stat.size;
+        if policy.is_young(candidate.last_used) {
+            plan.young.push(Young { digest, bytes, eligible_at: policy.eligible_at(candidate.last_used) });
+            continue;
+        }
+        let reason = match below_untagged.contains(candidate.digest) {
+            true => "only manifests that no tag leads to name it",
+            false => "no manifest names it",
+        };
+        for path in &candidate.links {
+            let link = Item { kind: ItemKind::LayerLink, path: path.clone(), digest, bytes: 0, reason };
+            links.insert(path.clone(), link);
+        }
+        let path = layout::blob_data(&digest);
+        blobs.push(Item { kind: ItemKind::Blob, path, digest, bytes, reason });
+    }
+    plan.items.extend(links.into_values());
+    plan.items.extend(blobs);
+    plan
+}

@@ -1,0 +1,251 @@
+//! Report: what a run decided and did, as text and as JSON.
+
+use std::fmt::Write as _;
+use std::time::SystemTime;
+
+use bytesize::ByteSize;
+use serde::Serialize;
+
+use super::Options;
+use super::plan::{Item, ItemKind, Plan};
+use super::sweep::Taken;
+use crate::catalog::Catalog;
+use crate::digest::Digest;
+use crate::error::{Result, count};
+use crate::trash::purge::Purged;
+
+/// What sort of run it was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Nothing was changed.
+    DryRun,
+    /// Garbage was taken.
+    Sweep,
+}
+
+/// What a run did. Its JSON form is stable.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// What sort of run.
+    pub mode: Mode,
+    /// Repositories looked at.
+    pub repositories: usize,
+    /// Manifests looked at.
+    pub manifests: usize,
+    /// Blobs in the store, garbage included.
+    pub blobs: usize,
+    /// Bytes that are gone from the disk.
+    pub freed_bytes: u64,
+    /// Bytes that lie in the trash because of this run; what a dry run would take.
+    pub quarantined_bytes: u64,
+    /// The transaction with what was taken.
+    pub transaction: Option<String>,
+    /// What was taken, or would be.
+    pub taken: Vec<Item>,
+    /// Garbage that is too young.
+    pub kept_young: Vec<KeptYoung>,
+    /// Transactions whose undo ended because their bytes are gone.
+    pub dropped_transactions: Vec<String>,
+    /// Transactions purged because the trash had kept them long enough.
+    pub purged_transactions: Vec<String>,
+    /// What was given back because a manifest names it again.
+    pub restored: Vec<String>,
+    /// What failed after the first change.
+    pub failures: Vec<String>,
+    /// What could not be read or does not belong, and what is kept because of it.
+    pub problems: Vec<ReportedProblem>,
+    #[serde(skip)]
+    grace: std::time::Duration,
+}
+
+/// Garbage that is too young.
+#[derive(Clone, Debug, Serialize)]
+pub struct KeptYoung {
+    /// Which.
+    pub digest: Digest,
+    /// Bytes.
+    pub bytes: u64,
+    /// From when on it may be taken, RFC 3339.
+    pub eligible_at: String,
+}
+
+/// Something that could not be read or does not belong.
+#[derive(Clone, Debug, Serialize)]
+pub struct ReportedProblem {
+    /// Where, below the registry directory.
+    pub path: String,
+    /// What is wrong.
+    pub what: String,
+    /// What is kept because of it.
+    pub effect: String,
+}
+
+/// RFC 3339, whole seconds.
+pub fn timestamp(time: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(time).to_string()
+}
+
+/// Bytes for people.
+pub fn human(bytes: u64) -> String {
+    ByteSize::b(bytes).to_string()
+}
+
+impl Report {
+    /// The report of a plan that nobody has executed yet.
+    pub fn new(mode: Mode, options: &Options, catalog: &Catalog, plan: &Plan) -> Report {
+        let mut report = Report {
+            mode,
+            repositories: 0,
+            manifests: 0,
+            blobs: 0,
+            freed_bytes: 0,
+            quarantined_bytes: 0,
+            transaction: None,
+            taken: Vec::new(),
+            kept_young: Vec::new(),
+            dropped_transactions: Vec::new(),
+            purged_transactions: Vec::new(),
+            restored: Vec::new(),
+            failures: Vec::new(),
+            problems: Vec::new(),
+            grace: options.grace,
+        };
+        report.set_plan(catalog, plan);
+        report
+    }
+
+    /// Describes what was looked at and decided.
+    pub fn set_plan(&mut self, catalog: &Catalog, plan: &Plan) {
+        self.repositories = catalog.repositories.len();
+        self.manifests = catalog.manifests.len();
+        self.blobs = catalog.blobs.len();
+        self.taken = plan.items.clone();
+        self.quarantined_bytes = plan.bytes();
+        let young = plan.young.iter();
+        self.kept_young = young
+            .map(|y| KeptYoung { digest: y.digest, bytes: y.bytes, eligible_at: timestamp(y.eligible_at) })
+            .collect();
+        let problems = catalog.problems.iter();
+        self.problems = problems
+            .map(|p| ReportedProblem {
+                path: p.path.display().to_string(),
+                what: p.what.clone(),
+                effect: p.effect.to_string(),
+            })
+            .collect();
+    }
+
+    /// Describes what was taken of `plan`.
+    pub fn set_taken(&mut self, plan: &Plan, taken: Result<Taken>) -> Result<()> {
+        let taken = taken?;
+        self.taken = taken.items.iter().filter_map(|at| plan.items.get(*at)).cloned().collect();
+        self.quarantined_bytes = self.taken.iter().map(|i| i.bytes).sum();
+        self.transaction = taken.transaction;
+        self.failures.extend(taken.failures.iter().map(ToString::to_string));
+        Ok(())
+    }
+
+    /// Describes what was purged; `now` purged what this run took, too.
+    pub fn set_purged(&mut self, purged: Purged, now: bool) {
+        self.freed_bytes += purged.bytes;
+        let own = self.transaction.take_if(|id| now && purged.transactions.contains(id));
+        if own.is_some() {
+            self.quarantined_bytes = 0;
+        }
+        let ended = |id: &String| self.dropped_transactions.contains(id) || own.as_ref() == Some(id);
+        self.purged_transactions = purged.transactions.iter().filter(|id| !ended(id)).cloned().collect();
+        self.failures.extend(purged.failures.iter().map(ToString::to_string));
+    }
+
+    /// Whether all that was begun is done.
+    pub fn is_complete(&self) -> bool {
+        self.failures.is_empty()
+    }
+
+    /// The report for people: one line per thing, then a summary.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string can't fail.
+        let _ = self.write_text(&mut text);
+        text
+    }
+
+    fn write_text(&self, f: &mut String) -> std::fmt::Result {
+        for p in &self.problems {
+            writeln!(f, "problem: {}; {}", p.what, p.effect)?;
+        }
+        for path in &self.restored {
+            writeln!(f, "given back {path}: a manifest names it")?;
+        }
+        for item in &self.taken {
+            match item.kind {
+                ItemKind::Blob => writeln!(f, "blob {} {} {}", item.digest, item.bytes, item.reason)?,
+                ItemKind::LayerLink => writeln!(f, "layer-link {} {}", item.path.display(), item.reason)?,
+                ItemKind::Revision => writeln!(f, "revision {} {}", item.path.display(), item.reason)?,
+            }
+        }
+        for young in &self.kept_young {
+            writeln!(
+                f,
+                "young {} {} unreferenced, may be taken from {}",
+                young.digest, young.bytes, young.eligible_at
+            )?;
+        }
+        for id in &self.dropped_transactions {
+            writeln!(f, "dropped {id} from the trash: its undo needed bytes that are gone now")?;
+        }
+        for id in &self.purged_transactions {
+            writeln!(f, "purged {id}: the trash kept it long enough")?;
+        }
+        for failure in &self.failures {
+            writeln!(f, "failed: {failure}")?;
+        }
+        self.write_summary(f)
+    }
+
+    fn write_summary(&self, f: &mut String) -> std::fmt::Result {
+        writeln!(
+            f,
+            "looked at {}, {}, {}",
+            count(self.repositories, "repository"),
+            count(self.manifests, "manifest"),
+            count(self.blobs, "blob"),
+        )?;
+        let blobs: Vec<&Item> = self.taken.iter().filter(|i| i.kind == ItemKind::Blob).collect();
+        let bytes = blobs.iter().map(|i| i.bytes).sum();
+        let what = format!("{} ({})", count(blobs.len(), "blob"), human(bytes));
+        match (self.mode, &self.transaction) {
+            (Mode::DryRun, _) if self.taken.is_empty() => writeln!(f, "nothing to free")?,
+            (Mode::DryRun, _) => writeln!(f, "a sweep would take {what}")?,
+            (Mode::Sweep, Some(id)) => {
+                writeln!(
+                    f,
+                    "took {what} into the trash as {id}; undo or purge brings them back or frees them"
+                )?;
+            }
+            (Mode::Sweep, None) if self.taken.is_empty() => writeln!(f, "nothing to take")?,
+            (Mode::Sweep, None) => writeln!(f, "took and purged {what}")?,
+        }
+        if self.mode == Mode::Sweep && self.freed_bytes > 0 {
+            writeln!(f, "freed {} in all", human(self.freed_bytes))?;
+        }
+        if !self.kept_young.is_empty() {
+            let bytes = self.kept_young.iter().map(|y| y.bytes).sum();
+            writeln!(
+                f,
+                "left {} ({}) that {} younger than the grace period of {}",
+                count(self.kept_young.len(), "unreferenced blob"),
+                human(bytes),
+                if self.kept_young.len() == 1 { "is" } else { "are" },
+                humantime::format_duration(self.grace),
+            )?;
+        }
+        match self.failures.len() {
+            0 => Ok(()),
+            failed => {
+                writeln!(f, "not finished: {}; run it again when that is mended", count(failed, "failure"))
+            }
+        }
+    }
+}

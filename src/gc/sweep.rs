@@ -1,0 +1,77 @@
+//! Sweep: moves what a plan says into a transaction of the trash.
+//!
+//! Goes on after a failure and reports each one; what was moved by then can be undone or purged like the rest.
+
+use std::path::Path;
+
+use super::plan::{Item, ItemKind, Plan};
+use super::{Options, Progress};
+use crate::error::{Error, Result};
+use crate::layout;
+use crate::store::Store;
+use crate::trash::{Author, Transaction};
+
+/// What was taken.
+#[derive(Default)]
+pub struct Taken {
+    /// The transaction; `None` when there was nothing to take.
+    pub transaction: Option<String>,
+    /// Which items of the plan, by their place in it.
+    pub items: Vec<usize>,
+    /// What could not be taken.
+    pub failures: Vec<Error>,
+}
+
+/// Takes the items of `plan` in their order.
+pub fn take(
+    store: &dyn Store,
+    plan: &Plan,
+    options: &Options,
+    author: &Author,
+    progress: &dyn Progress,
+) -> Result<Taken> {
+    if plan.items.is_empty() {
+        return Ok(Taken::default());
+    }
+    let transaction = Transaction::begin(store, "sweep", author, &reason(options))?;
+    let mut taken = Taken { transaction: Some(transaction.id().to_string()), ..Taken::default() };
+    progress.phase("take", plan.items.len());
+    let mut last = None;
+    for (at, item) in plan.items.iter().enumerate() {
+        if progress.is_stopped() {
+            break;
+        }
+        // The next kind relies on the one before being gone for good: no link may outlive its blob in a crash.
+        if last.is_some_and(|kind| kind != item.kind) {
+            store.sync()?;
+        }
+        last = Some(item.kind);
+        match take_one(store, &transaction, item, options) {
+            Ok(true) => taken.items.push(at),
+            Ok(false) => {}
+            Err(e) => taken.failures.push(e),
+        }
+        progress.step();
+    }
+    if taken.items.is_empty() {
+        // Everything was gone or failed: an empty transaction would only puzzle people.
+        transaction.discard_if_empty(store)?;
+        taken.transaction = None;
+    }
+    store.sync()?;
+    Ok(taken)
+}
+
+fn take_one(store: &dyn Store, transaction: &Transaction, item: &Item, options: &Options) -> Result<bool> {
+    let was_there = transaction.take(store, &item.path)?;
+    // Beside a live registry directories stay: it makes them, then renames into them. `now` says there is none.
+    if options.now && item.kind == ItemKind::Blob && was_there {
+        store.prune(item.path.parent().unwrap_or(Path::new(layout::BLOBS)))?;
+    }
+    Ok(was_there)
+}
+
+fn reason(options: &Options) -> String {
+    let untagged = if options.untagged { ", untagged manifests included" } else { "" };
+    format!("garbage older than {}{untagged}", humantime::format_duration(options.grace))
+}

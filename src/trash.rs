@@ -1,0 +1,310 @@
+//! Trash: the one way anything leaves the store.
+//!
+//! ```text
+//! .regfs/trash/<id>/txn.json                            who, when, why
+//! .regfs/trash/<id>/repositories/…, blobs/…             what was taken, under its own path
+//! ```
+//! A transaction is a small registry tree. Taking is a rename, one thing at a time, in an order that leaves a
+//! valid registry at every instant: tag → revision → layer link → blob. [`undo`] renames back in the reverse
+//! order; [`purge`] removes the bytes. There is no journal to replay: the tree is the state, so a crash at any
+//! point leaves a transaction that can be listed, undone or purged.
+//!
+//! The description is written first and never changed; a transaction without one (a crash in between) still works.
+
+pub mod purge;
+pub mod undo;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::layout::{self, Kind};
+use crate::store::{self, Store};
+
+/// Who asked for a change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Author {
+    /// User id.
+    pub uid: u32,
+    /// Process id.
+    pub pid: u32,
+    /// What was typed, as far as it is known.
+    pub command: String,
+}
+
+impl Author {
+    /// This process.
+    pub fn current(command: &str) -> Author {
+        Author {
+            uid: rustix::process::getuid().as_raw(),
+            pid: std::process::id(),
+            command: command.to_string(),
+        }
+    }
+}
+
+/// The description of a transaction, `txn.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Name of the transaction, and of its directory.
+    pub id: String,
+    /// When it began, RFC 3339.
+    pub time: String,
+    /// Who asked for it.
+    pub uid: u32,
+    /// Which process asked for it.
+    pub pid: u32,
+    /// What was typed.
+    pub command: String,
+    /// Why it was done.
+    pub reason: String,
+}
+
+/// Longest description in bytes.
+const RECORD_LIMIT: usize = 1 << 20;
+
+/// A transaction that is being filled.
+#[derive(Clone, Debug)]
+pub struct Transaction {
+    record: Record,
+}
+
+impl Transaction {
+    /// Starts a transaction; `what` (`rm`, `sweep`) becomes part of its name. The caller holds the lock.
+    ///
+    /// Its description is on disk before anything can be taken; a full disk fails here.
+    pub fn begin(store: &dyn Store, what: &str, author: &Author, reason: &str) -> Result<Transaction> {
+        let time = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+        let stem = format!("{}-{what}", time.replace(['-', ':'], "").replace('T', "-").replace('Z', ""));
+        let mut id = stem.clone();
+        let mut next = 2;
+        while store.list(&layout::transaction(&id))?.is_some() {
+            id = format!("{stem}-{next}");
+            next += 1;
+        }
+        let record = Record {
+            id: id.clone(),
+            time,
+            uid: author.uid,
+            pid: author.pid,
+            command: author.command.clone(),
+            reason: reason.to_string(),
+        };
+        let path = layout::transaction(&id).join(layout::TRANSACTION_FILE);
+        let mut text = serde_json::to_vec_pretty(&record).map_err(|e| Error::io("write", &path, e))?;
+        text.push(b'\n');
+        store.write(&path, &text)?;
+        Ok(Transaction { record })
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &str {
+        &self.record.id
+    }
+
+    /// Moves `path` here. `false`: there is nothing at `path`.
+    pub fn take(&self, store: &dyn Store, path: &Path) -> Result<bool> {
+        store.rename(path, &self.path_of(path))
+    }
+
+    /// Moves `path` back to where it was taken from. `false`: it is not here.
+    pub fn put_back(&self, store: &dyn Store, path: &Path) -> Result<bool> {
+        store.rename(&self.path_of(path), path)
+    }
+
+    /// Where `path` lies after it was taken.
+    pub fn path_of(&self, path: &Path) -> PathBuf {
+        layout::transaction(&self.record.id).join(path)
+    }
+
+    /// Removes the transaction if nothing is in it.
+    pub fn discard_if_empty(&self, store: &dyn Store) -> Result<()> {
+        read(store, &self.record.id)?.discard_if_empty(store)
+    }
+}
+
+/// A transaction with the names of what is in it.
+#[derive(Clone, Debug)]
+pub struct Contents {
+    /// Its name.
+    pub id: String,
+    /// Its description, or why that can't be read.
+    pub record: std::result::Result<Record, String>,
+    /// The files in it under the paths they came from, in order.
+    pub files: Vec<PathBuf>,
+}
+
+impl Contents {
+    /// What moves as one: the directory of a tag, otherwise each file by itself.
+    pub fn units(&self) -> Vec<&Path> {
+        let mut units: Vec<&Path> = self.files.iter().map(|path| unit_of(path)).collect();
+        units.dedup();
+        units
+    }
+
+    /// Where a path of this transaction lies.
+    pub fn path_of(&self, path: &Path) -> PathBuf {
+        layout::transaction(&self.id).join(path)
+    }
+
+    /// Moves a unit back to where it was taken from. `false`: it is not here any more.
+    pub fn put_back(&self, store: &dyn Store, path: &Path) -> Result<bool> {
+        store.rename(&self.path_of(path), path)
+    }
+
+    /// Whether it began more than `keep` ago; one whose time is unknown never did.
+    pub fn is_older_than(&self, keep: Duration, now: SystemTime) -> bool {
+        let time = self.record.as_ref().ok().and_then(|r| humantime::parse_rfc3339(&r.time).ok());
+        time.and_then(|time| now.duration_since(time).ok()).is_some_and(|age| age >= keep)
+    }
+
+    /// Removes the transaction if nothing is in it any more.
+    pub fn discard_if_empty(&self, store: &dyn Store) -> Result<()> {
+        if !read(store, &self.id)?.files.is_empty() {
+            return Ok(());
+        }
+        let directory = layout::transaction(&self.id);
+        let failures = store.remove(&[directory.join(layout::TRANSACTION_FILE)]);
+        failures.into_iter().next().map_or(Ok(()), Err)?;
+        store.prune(&directory)
+    }
+
+    /// Bytes of everything in it.
+    pub fn bytes(&self, store: &dyn Store) -> Result<u64> {
+        let mut bytes = 0;
+        for file in &self.files {
+            match store.stat(&self.path_of(file)) {
+                Ok(stat) => bytes += stat.map_or(0, |s| s.size),
+                Err(e) if e.is_damage() => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+/// The part of `path` that moves as one.
+fn unit_of(path: &Path) -> &Path {
+    path.ancestors().find(|a| matches!(layout::classify(a), Kind::Tag(..))).unwrap_or(path)
+}
+
+/// Where a path stands in the order in which things come back; taking goes the other way.
+pub fn order_of_return(path: &Path) -> u8 {
+    match layout::classify(path) {
+        Kind::Blob(_) => 0,
+        Kind::LayerLink(..) => 1,
+        Kind::Other => 2,
+        Kind::Revision(..) => 3,
+        Kind::Tag(..) => 4,
+    }
+}
+
+/// The names of all transactions, oldest first.
+pub fn ids(store: &dyn Store) -> Result<Vec<String>> {
+    let entries = store.list(Path::new(layout::TRASH))?.unwrap_or_default();
+    let directories = entries.into_iter().filter(|e| e.kind == store::Kind::Directory);
+    let mut ids: Vec<String> = directories.filter_map(|e| e.name.into_string().ok()).collect();
+    ids.sort_unstable();
+    Ok(ids)
+}
+
+/// All transactions, oldest first.
+pub fn contents(store: &dyn Store) -> Result<Vec<Contents>> {
+    ids(store)?.iter().map(|id| read(store, id)).collect()
+}
+
+/// One transaction; one without anything in it when there is none of that name.
+pub fn read(store: &dyn Store, id: &str) -> Result<Contents> {
+    let directory = layout::transaction(id);
+    let record = read_record(store, &directory.join(layout::TRANSACTION_FILE))?;
+    let mut files = Vec::new();
+    store::walk(store, &directory, &mut |path, _| {
+        if let Ok(inside) = path.strip_prefix(&directory)
+            && !inside.starts_with(layout::TRANSACTION_FILE)
+            && inside != Path::new("txn.json.tmp")
+        {
+            files.push(inside.to_path_buf());
+        }
+    })?;
+    files.sort_unstable();
+    Ok(Contents { id: id.to_string(), record, files })
+}
+
+fn read_record(store: &dyn Store, path: &Path) -> Result<std::result::Result<Record, String>> {
+    match store.read(path, RECORD_LIMIT) {
+        Ok(Some((text, _))) => {
+            Ok(serde_json::from_slice(&text).map_err(|e| format!("{}: {e}", path.display())))
+        }
+        Ok(None) => Ok(Err(format!("{} is missing", path.display()))),
+        Err(e) if e.is_damage() => Ok(Err(e.to_string())),
+        Err(e) => Err(e),
+    }
+}
+
+/// The transaction `id` among `all`.
+///
+/// # Errors
+/// [`Error::NotFound`] that names the ones there are.
+pub fn find<'a>(all: &'a [Contents], id: &str) -> Result<&'a Contents> {
+    all.iter().find(|t| t.id == id).ok_or_else(|| {
+        let known: Vec<&str> = all.iter().map(|t| t.id.as_str()).collect();
+        let known = if known.is_empty() { "the trash is empty".to_string() } else { known.join(", ") };
+        Error::NotFound { what: format!("transaction {id:?} in the trash ({known})") }
+    })
+}
+
+/// A transaction as `regfs trash list` and `control/trash` show it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Its name.
+    pub id: String,
+    /// When it began, RFC 3339; empty when unknown.
+    pub time: String,
+    /// What was typed.
+    pub command: String,
+    /// Why it was done, or why its description can't be read.
+    pub reason: String,
+    /// Who asked for it.
+    pub uid: Option<u32>,
+    /// Which process asked for it.
+    pub pid: Option<u32>,
+    /// Files in it.
+    pub files: usize,
+    /// Bytes in it.
+    pub bytes: u64,
+}
+
+/// All transactions with what they hold, oldest first.
+///
+/// # Cost
+/// A `stat` for each file in the trash.
+pub fn summaries(store: &dyn Store) -> Result<Vec<Summary>> {
+    let summary = |contents: Contents| {
+        let (files, bytes) = (contents.files.len(), contents.bytes(store)?);
+        Ok(match contents.record {
+            Ok(Record { time, uid, pid, command, reason, .. }) => Summary {
+                id: contents.id,
+                time,
+                command,
+                reason,
+                uid: Some(uid),
+                pid: Some(pid),
+                files,
+                bytes,
+            },
+            Err(why) => Summary {
+                id: contents.id,
+                time: String::new(),
+                command: String::new(),
+                reason: why,
+                uid: None,
+                pid: None,
+                files,
+                bytes,
+            },
+        })
+    };
+    contents(store)?.into_iter().map(summary).collect()
+}

@@ -1,0 +1,194 @@
+//! Undo: gives back what a transaction took, and what that names.
+//!
+//! # Rules kept here
+//! 1. All is checked before the first rename: an undo that can't be whole is refused, with the reason.
+//! 2. Nothing newer is replaced. Content under the same digest is the same content, so it is no obstacle; a tag is.
+//! 3. A manifest comes back with all it names: what a later sweep took is fetched from its transaction.
+//! 4. Order: blobs, layer links, revisions, tags, with a sync between, so that the registry is valid throughout.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use super::{Contents, contents, find, order_of_return};
+use crate::digest::{Algorithm, Digest};
+use crate::error::{Error, Result};
+use crate::layout::{self, Kind};
+use crate::manifest::{self, MAX_SIZE};
+use crate::store::Store;
+
+/// What an undo did.
+#[derive(Debug, Default)]
+pub struct Undone {
+    /// Paths that came back.
+    pub restored: Vec<PathBuf>,
+    /// Paths that were there again already.
+    pub present: Vec<PathBuf>,
+    /// Digests that a manifest names and that are nowhere; the manifest may never have had them here.
+    pub missing: Vec<Digest>,
+}
+
+/// Gives back transaction `id`. The caller holds the lock.
+///
+/// # Errors
+/// [`Error::NotFound`] for an unknown transaction, [`Error::Exists`] where a newer tag stands; nothing was changed then.
+pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
+    let all = contents(store)?;
+    let own = find(&all, id)?;
+    let mut undone = Undone::default();
+    let mut moves: BTreeMap<(u8, PathBuf), &Contents> = BTreeMap::new();
+    for unit in own.units() {
+        if matches!(layout::classify(unit), Kind::Tag(..)) && store.list(unit)?.is_some() {
+            return Err(Error::Exists { path: store.full(unit) });
+        }
+        moves.insert((order_of_return(unit), unit.to_path_buf()), own);
+    }
+    for path in named_paths(store, &all, own, &mut undone.missing)? {
+        if store.stat(&path)?.is_none()
+            && let Some(holder) = all.iter().find(|t| t.files.binary_search(&path).is_ok())
+        {
+            moves.entry((order_of_return(&path), path)).or_insert(holder);
+        }
+    }
+    let mut last = None;
+    for ((order, path), holder) in &moves {
+        if last.is_some_and(|last| last != order) {
+            store.sync()?;
+        }
+        last = Some(order);
+        match holder.put_back(store, path) {
+            Ok(true) => undone.restored.push(path.clone()),
+            Ok(false) => {}
+            Err(Error::Exists { .. }) => undone.present.push(path.clone()),
+            Err(e) => return Err(e),
+        }
+    }
+    store.sync()?;
+    drop_what_is_back(store, own, &undone.present)?;
+    let touched: BTreeSet<&str> = moves.values().map(|t| t.id.as_str()).collect();
+    for transaction in all.iter().filter(|t| touched.contains(t.id.as_str())) {
+        transaction.discard_if_empty(store)?;
+    }
+    Ok(undone)
+}
+
+/// Removes the copies of content that is in the store again under the same digest.
+fn drop_what_is_back(store: &dyn Store, own: &Contents, present: &[PathBuf]) -> Result<()> {
+    let mut copies = Vec::new();
+    for path in present {
+        let same_size = |a: Option<crate::store::Stat>, b: Option<crate::store::Stat>| {
+            a.zip(b).is_some_and(|(a, b)| a.size == b.size)
+        };
+        let copy = own.path_of(path);
+        if layout::classify(path) != Kind::Other && same_size(store.stat(path)?, store.stat(&copy)?) {
+            copies.push(copy);
+        }
+    }
+    store.remove(&copies).into_iter().next().map_or(Ok(()), Err)
+}
+
+/// Paths in the store of all that the revisions in `own` name: blobs, and the layer links of their repositories.
+fn named_paths(
+    store: &dyn Store,
+    all: &[Contents],
+    own: &Contents,
+    missing: &mut Vec<Digest>,
+) -> Result<BTreeSet<PathBuf>> {
+    let mut paths = BTreeSet::new();
+    for (repository, digest) in revisions(own) {
+        for named in named_by(store, all, &repository, &digest)?.digests {
+            let data = layout::blob_data(&named);
+            if find_file(store, all, &data)?.is_none() && named.algorithm() == Algorithm::Sha256 {
+                missing.push(named);
+            }
+            paths.insert(data);
+            paths.insert(layout::layer_link(&repository, &named));
+            // A child that was taken by another transaction comes back as a revision, too.
+            paths.insert(layout::revision_link(&repository, &named));
+        }
+    }
+    Ok(paths)
+}
+
+/// The revisions in a transaction.
+pub(super) fn revisions(contents: &Contents) -> Vec<(PathBuf, Digest)> {
+    let classified = contents.files.iter().map(|path| layout::classify(path));
+    classified
+        .filter_map(|kind| match kind {
+            Kind::Revision(repository, digest) => Some((repository, digest)),
+            _ => None,
+        })
+        .collect()
+}
+
+/// What a manifest leads to.
+pub(super) struct Named {
+    /// The manifest itself and everything below it.
+    pub(super) digests: BTreeSet<Digest>,
+    /// A manifest among them can't be read, so there may be more.
+    pub(super) is_unclear: bool,
+}
+
+/// Everything that the manifest `digest` of a repository leads to, read from the store or from the trash.
+pub(super) fn named_by(
+    store: &dyn Store,
+    all: &[Contents],
+    repository: &Path,
+    digest: &Digest,
+) -> Result<Named> {
+    let mut named = Named { digests: [*digest].into(), is_unclear: false };
+    let mut waiting = vec![(*digest, true)];
+    while let Some((current, must_be_manifest)) = waiting.pop() {
+        if let Some(target) = stored_as(store, all, repository, &current)?
+            && named.digests.insert(target)
+        {
+            waiting.push((target, must_be_manifest));
+        }
+        if !must_be_manifest {
+            continue;
+        }
+        let Some(place) = find_file(store, all, &layout::blob_data(&current))? else { continue };
+        let parsed = match store.read(&place, MAX_SIZE) {
+            Ok(Some((bytes, _))) if Digest::of(current.algorithm(), &bytes) == current => {
+                manifest::parse(&bytes).ok()
+            }
+            Ok(_) => None,
+            Err(e) if e.is_damage() => None,
+            Err(e) => return Err(e),
+        };
+        let Some(parsed) = parsed else {
+            named.is_unclear = true;
+            continue;
+        };
+        let blobs = parsed.config.iter().chain(&parsed.layers).map(|d| (d.digest, false));
+        let is_manifest =
+            |d: &manifest::Descriptor| d.media_type.is_empty() || manifest::is_manifest_type(&d.media_type);
+        let children = parsed.children.iter().map(|d| (d.digest, is_manifest(d)));
+        let others = parsed.others.iter().map(|d| (*d, false));
+        waiting.extend(blobs.chain(children).chain(others).filter(|(d, _)| named.digests.insert(*d)));
+    }
+    Ok(named)
+}
+
+/// The blob behind a digest that is not SHA-256, as the repository's layer link says.
+fn stored_as(
+    store: &dyn Store,
+    all: &[Contents],
+    repository: &Path,
+    digest: &Digest,
+) -> Result<Option<Digest>> {
+    if digest.algorithm() == Algorithm::Sha256 {
+        return Ok(None);
+    }
+    let Some(link) = find_file(store, all, &layout::layer_link(repository, digest))? else { return Ok(None) };
+    let content = store.read(&link, 4096)?;
+    Ok(content.and_then(|(text, _)| layout::parse_link(&text).ok()))
+}
+
+/// Where a file of the store lies now: in its place, or in the trash.
+fn find_file(store: &dyn Store, all: &[Contents], path: &Path) -> Result<Option<PathBuf>> {
+    if store.stat(path)?.is_some() {
+        return Ok(Some(path.to_path_buf()));
+    }
+    let holder = all.iter().find(|t| t.files.binary_search_by(|f| f.as_path().cmp(path)).is_ok());
+    Ok(holder.map(|t| t.path_of(path)))
+}
