@@ -32,20 +32,26 @@ pub struct Tables {
     pub names: Arc<Names>,
 }
 
-/// A snapshot of a registry.
+/// Manifests by the number of their digest.
+pub type Manifests = HashMap<DigestId, Arc<Manifest>>;
+/// Digests that repositories serve under other ones.
+pub type Aliases = HashMap<DigestId, Vec<DigestId>>;
+
+/// A snapshot of a registry; a copy costs a few pointers for each repository.
+#[derive(Clone)]
 pub struct Catalog {
     /// The numbers used here.
     pub tables: Tables,
     /// By name (of the directory below `repositories`), in order; those with invalid names as well.
     pub repositories: BTreeMap<PathBuf, Arc<Repository>>,
     /// Every manifest that a repository, a tag or an index names.
-    pub manifests: HashMap<DigestId, Arc<Manifest>>,
+    pub manifests: Arc<Manifests>,
     /// Blobs whose directory exists, in order of their digests. Whether the bytes are there, a stat tells.
-    pub blobs: Vec<DigestId>,
+    pub blobs: Arc<[DigestId]>,
     /// The same as a set.
-    pub present: IdSet,
+    pub present: Arc<IdSet>,
     /// Where a repository serves a digest under another one (sha512 names for blobs stored under sha256).
-    pub aliases: HashMap<DigestId, Vec<DigestId>>,
+    pub aliases: Arc<Aliases>,
     /// What could not be read or does not belong.
     pub problems: Vec<Problem>,
     /// When the scan began.
@@ -53,7 +59,7 @@ pub struct Catalog {
 }
 
 /// One repository.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Repository {
     /// Its name, the path below `repositories`.
     pub name: PathBuf,
@@ -86,7 +92,7 @@ pub enum Keeps {
 }
 
 /// A repository's claim on a manifest.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Revision {
     /// The digest in the path, by which clients ask.
     pub digest: DigestId,
@@ -99,7 +105,7 @@ pub struct Revision {
 }
 
 /// A tag.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tag {
     /// Its name.
     pub name: NameId,
@@ -185,10 +191,20 @@ impl Manifest {
             Manifest::Damaged { .. } | Manifest::Missing => None,
         }
     }
+
+    /// Of two manifests with the same digest: whether as much is known of both.
+    fn says_the_same_as(&self, other: &Manifest) -> bool {
+        match (self, other) {
+            // The digest vouches for all that was parsed.
+            (Manifest::Parsed(_), Manifest::Parsed(_)) | (Manifest::Missing, Manifest::Missing) => true,
+            (Manifest::Damaged { reason }, Manifest::Damaged { reason: other }) => reason == other,
+            _ => false,
+        }
+    }
 }
 
 /// Something that could not be read or does not belong where it is.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
     /// Where, below the registry directory.
     pub path: PathBuf,
@@ -252,10 +268,10 @@ impl Catalog {
         Catalog {
             tables: Tables::default(),
             repositories: BTreeMap::new(),
-            manifests: HashMap::new(),
-            blobs: Vec::new(),
-            present: IdSet::default(),
-            aliases: HashMap::new(),
+            manifests: Arc::default(),
+            blobs: Arc::default(),
+            present: Arc::default(),
+            aliases: Arc::default(),
             problems: Vec::new(),
             scanned_at: SystemTime::UNIX_EPOCH,
         }
@@ -305,6 +321,21 @@ impl Catalog {
             order.extend(references.into_iter().filter(|r| seen.insert(*r)));
         }
         order
+    }
+
+    /// Whether `other` says the same about the store; the times of the two scans don't count.
+    pub fn says_the_same_as(&self, other: &Catalog) -> bool {
+        let same_manifests = || {
+            let known = |(id, m): (&DigestId, &Arc<Manifest>)| {
+                other.manifests.get(id).is_some_and(|o| m.says_the_same_as(o))
+            };
+            self.manifests.len() == other.manifests.len() && self.manifests.iter().all(known)
+        };
+        self.repositories == other.repositories
+            && self.blobs == other.blobs
+            && self.aliases == other.aliases
+            && self.problems == other.problems
+            && same_manifests()
     }
 
     /// The lines to print when a collection can't run; empty when it can.

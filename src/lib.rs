@@ -4,6 +4,7 @@
 
 pub mod catalog;
 pub mod digest;
+pub mod edit;
 pub mod error;
 pub mod gc;
 pub mod layout;

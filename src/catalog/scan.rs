@@ -22,7 +22,8 @@ use std::time::{Duration, SystemTime};
 
 use super::intern::{DigestId, IdSet, NameId};
 use super::{
-    Catalog, Descriptor, Effect, Keeps, Manifest, Parsed, Problem, Repository, Revision, Tables, Tag,
+    Aliases, Catalog, Descriptor, Effect, Keeps, Manifest, Manifests, Parsed, Problem, Repository, Revision,
+    Tables, Tag,
 };
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Found, Result};
@@ -42,24 +43,57 @@ const AT_REST: Duration = Duration::from_secs(2);
 /// With `previous`, manifests are taken from it (their digests vouch for them) and links with the same facts
 /// are not read again. Never fails: what fails is a [`Problem`].
 pub fn scan(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>) -> Catalog {
-    let mut scan = Scan {
-        store,
-        tables: tables.clone(),
-        previous,
-        problems: Vec::new(),
-        aliases: HashMap::new(),
-        repositories: BTreeMap::new(),
-        current: None,
-    };
+    let mut scan = Scan::new(store, tables, previous);
     let scanned_at = SystemTime::now();
     let blobs = scan.blobs();
     scan.namespace(Path::new(""), true);
     let present: IdSet = blobs.iter().copied().collect();
-    let manifests = scan.manifests(&present);
+    let manifests = Arc::new(scan.manifests(&present));
     let Scan { mut problems, aliases, repositories, .. } = scan;
-    problems.sort_by(|a, b| a.path.cmp(&b.path).then_with(|| a.what.cmp(&b.what)));
-    let repositories = repositories.into_iter().map(|(name, r)| (name, Arc::new(r))).collect();
+    sort(&mut problems);
+    let known = |name: &Path| previous.and_then(|p| p.repositories.get(name));
+    let shared = |name: &Path, repository: Repository| match known(name) {
+        Some(known) if **known == repository => known.clone(),
+        _ => Arc::new(repository),
+    };
+    let repositories = repositories.into_iter().map(|(name, r)| (name.clone(), shared(&name, r))).collect();
+    let (blobs, present, aliases) = (blobs.into(), Arc::new(present), Arc::new(aliases));
     Catalog { tables: tables.clone(), repositories, manifests, blobs, present, aliases, problems, scanned_at }
+}
+
+/// Looks at one repository again; everything else is as in `previous`.
+pub fn rescan(store: &dyn Store, previous: &Catalog, name: &Path) -> Catalog {
+    let mut scan = Scan::new(store, &previous.tables, Some(previous));
+    let mut catalog = Catalog { scanned_at: SystemTime::now(), ..previous.clone() };
+    let own = [layout::MANIFESTS, layout::LAYERS, layout::UPLOADS];
+    let entries = scan.list(&layout::repository(name), Effect::StopsSweep);
+    if entries.iter().any(|e| own.iter().any(|own| e.name == *own)) {
+        let is_valid = name.components().all(|c| layout::is_name_component(c.as_os_str()));
+        scan.repository(name, is_valid);
+    }
+    let manifests = scan.manifests(&previous.present);
+    let Scan { problems, aliases, mut repositories, .. } = scan;
+    match repositories.remove(name) {
+        Some(repository) => drop(catalog.repositories.insert(name.to_path_buf(), Arc::new(repository))),
+        None => drop(catalog.repositories.remove(name)),
+    }
+    if manifests.keys().any(|id| !catalog.manifests.contains_key(id)) {
+        Arc::make_mut(&mut catalog.manifests).extend(manifests);
+    }
+    if aliases.iter().any(|(id, targets)| catalog.aliases.get(id) != Some(targets)) {
+        Arc::make_mut(&mut catalog.aliases).extend(aliases);
+    }
+    let parts =
+        [layout::MANIFESTS, layout::LAYERS, layout::UPLOADS].map(|part| layout::repository(name).join(part));
+    catalog.problems.retain(|p| !parts.iter().any(|part| p.path.starts_with(part)));
+    catalog.problems.extend(problems);
+    sort(&mut catalog.problems);
+    catalog
+}
+
+fn sort(problems: &mut Vec<Problem>) {
+    problems.sort_by(|a, b| a.path.cmp(&b.path).then_with(|| a.what.cmp(&b.what)));
+    problems.dedup();
 }
 
 struct Scan<'a> {
@@ -67,7 +101,7 @@ struct Scan<'a> {
     tables: Tables,
     previous: Option<&'a Catalog>,
     problems: Vec<Problem>,
-    aliases: HashMap<DigestId, Vec<DigestId>>,
+    aliases: Aliases,
     repositories: BTreeMap<PathBuf, Repository>,
     /// The repository being looked at.
     current: Option<PathBuf>,
@@ -81,7 +115,19 @@ enum Link {
     To(Digest, Stat),
 }
 
-impl Scan<'_> {
+impl<'a> Scan<'a> {
+    fn new(store: &'a dyn Store, tables: &Tables, previous: Option<&'a Catalog>) -> Scan<'a> {
+        Scan {
+            store,
+            tables: tables.clone(),
+            previous,
+            problems: Vec::new(),
+            aliases: HashMap::new(),
+            repositories: BTreeMap::new(),
+            current: None,
+        }
+    }
+
     fn note(&mut self, path: &Path, what: impl ToString, effect: Effect) {
         self.problems.push(Problem { path: path.to_path_buf(), what: what.to_string(), effect });
     }
@@ -386,8 +432,8 @@ impl Scan<'_> {
     }
 
     /// Reads every manifest that a revision, a tag or an index names.
-    fn manifests(&mut self, present: &IdSet) -> HashMap<DigestId, Arc<Manifest>> {
-        let mut manifests: HashMap<DigestId, Arc<Manifest>> = HashMap::new();
+    fn manifests(&mut self, present: &IdSet) -> Manifests {
+        let mut manifests: Manifests = HashMap::new();
         let mut waiting: Vec<DigestId> = Vec::new();
         for repository in self.repositories.values() {
             waiting.extend(repository.revisions.iter().flat_map(|r| [r.digest, r.target]));
@@ -463,7 +509,7 @@ impl Scan<'_> {
     }
 
     /// Notes damaged, missing and odd manifests, and what their repositories keep because of them.
-    fn note_manifests(&mut self, manifests: &HashMap<DigestId, Arc<Manifest>>) {
+    fn note_manifests(&mut self, manifests: &Manifests) {
         for (id, manifest) in manifests {
             let path = layout::blob_data(&self.tables.digests.get(*id));
             match &**manifest {
@@ -493,12 +539,7 @@ impl Scan<'_> {
     }
 
     /// Raises what a repository keeps where one of its manifests is damaged or missing, or has old signatures.
-    fn judge(
-        &mut self,
-        name: &Path,
-        manifests: &HashMap<DigestId, Arc<Manifest>>,
-        unclear: &HashSet<DigestId>,
-    ) {
+    fn judge(&mut self, name: &Path, manifests: &Manifests, unclear: &HashSet<DigestId>) {
         let Some(repository) = self.repositories.get(name) else { return };
         let everything = Effect::KeepsEverything(name.to_path_buf());
         let targets: Vec<DigestId> =
@@ -579,7 +620,7 @@ fn is_recent(stat: &Stat) -> bool {
 }
 
 /// Everything that the manifests in `from` lead to.
-fn closure(manifests: &HashMap<DigestId, Arc<Manifest>>, from: Vec<DigestId>) -> HashSet<DigestId> {
+fn closure(manifests: &Manifests, from: Vec<DigestId>) -> HashSet<DigestId> {
     let mut seen: HashSet<DigestId> = from.iter().copied().collect();
     let mut waiting = from;
     while let Some(id) = waiting.pop() {
