@@ -5,4 +5,5 @@
 pub mod digest;
 pub mod error;
 pub mod layout;
+pub mod registry_config;
 pub mod store;
