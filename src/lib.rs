@@ -6,4 +6,5 @@ pub mod digest;
 pub mod error;
 pub mod layout;
 pub mod registry_config;
+pub mod sample;
 pub mod store;
