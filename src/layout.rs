@@ -101,6 +101,11 @@ pub fn tag_link(repository: &Path, tag: &OsStr) -> PathBuf {
     tag_dir(repository, tag).join(CURRENT).join(LINK)
 }
 
+/// `…/_manifests/tags/<tag>/index/<alg>/<hex>/link`: the tag has pointed at `digest` at some time.
+pub fn tag_history_link(repository: &Path, tag: &OsStr, digest: &Digest) -> PathBuf {
+    tag_dir(repository, tag).join("index").join(digest.algorithm().name()).join(digest.hex()).join(LINK)
+}
+
 /// `…/_uploads`.
 pub fn uploads(repository: &Path) -> PathBuf {
     self::repository(repository).join(UPLOADS)
@@ -119,6 +124,11 @@ pub fn upload_data(repository: &Path, upload: &OsStr) -> PathBuf {
 /// `…/_uploads/<uuid>/startedat`: RFC 3339, UTC.
 pub fn upload_started_at(repository: &Path, upload: &OsStr) -> PathBuf {
     upload_dir(repository, upload).join("startedat")
+}
+
+/// `…/_uploads/<uuid>/hashstates/<alg>/<offset>`: the hash of what was received up to `offset`, to go on from.
+pub fn upload_hash_state(repository: &Path, upload: &OsStr, algorithm: Algorithm, offset: u64) -> PathBuf {
+    upload_dir(repository, upload).join("hashstates").join(algorithm.name()).join(offset.to_string())
 }
 
 /// Signatures of an old schema 1 manifest: `…/revisions/<alg>/<hex>/signatures/<alg>`.

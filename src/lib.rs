@@ -9,5 +9,7 @@ pub mod error;
 pub mod gc;
 pub mod layout;
 pub mod manifest;
+pub mod registry_config;
+pub mod sample;
 pub mod store;
 pub mod trash;
