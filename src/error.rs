@@ -65,6 +65,16 @@ pub enum Error {
         /// Why, and what is understood.
         why: String,
     },
+    /// What could be done is done; some of it failed.
+    Unfinished {
+        /// Where it stands.
+        see: &'static str,
+    },
+    /// Removing this means nothing.
+    NotPermitted {
+        /// Why.
+        why: &'static str,
+    },
     /// The store is mounted read-only, or is not ours to change.
     ReadOnly,
     /// The mark met what it can't judge; nothing was changed.
@@ -136,8 +146,9 @@ impl Error {
             Error::Changed { .. } => libc::EAGAIN,
             Error::NotEmpty { .. } => libc::ENOTEMPTY,
             Error::Invalid { .. } => libc::EINVAL,
+            Error::NotPermitted { .. } => libc::EPERM,
             Error::ReadOnly => libc::EROFS,
-            Error::Unjudged { .. } => libc::EIO,
+            Error::Unjudged { .. } | Error::Unfinished { .. } => libc::EIO,
         }
     }
 }
@@ -162,6 +173,8 @@ impl fmt::Display for Error {
             Error::Busy { why } | Error::Invalid { why } => f.write_str(why),
             Error::Changed { what } => write!(f, "{what} changed meanwhile; look again, then try again"),
             Error::NotEmpty { what } => write!(f, "{what} still holds images"),
+            Error::Unfinished { see } => write!(f, "not finished; {see} says what failed"),
+            Error::NotPermitted { why } => f.write_str(why),
             Error::ReadOnly => f.write_str("this view is read-only"),
             Error::Unjudged { problems } => {
                 write!(

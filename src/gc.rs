@@ -23,7 +23,9 @@ use crate::catalog::scan::scan_strictly;
 use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
 use crate::store::Store;
-use crate::trash::{self, Author};
+use crate::trash::purge::Purged;
+use crate::trash::undo::Undone;
+use crate::trash::{self, Author, Selection};
 use plan::{Plan, Policy};
 use report::{Mode, Report};
 
@@ -117,6 +119,25 @@ pub fn run(
     Ok(report)
 }
 
+/// Gives back a transaction of the trash and what it names.
+pub fn undo(store: &dyn Store, author: &Author, id: &str) -> Result<Undone> {
+    let _lock = store.lock(&author.command, LOCK_WAIT)?;
+    trash::undo::undo(store, id)
+}
+
+/// Purges transactions of the trash, after giving back what a manifest names again.
+pub fn purge_trash(
+    store: &dyn Store,
+    tables: &Tables,
+    author: &Author,
+    selection: &Selection,
+) -> Result<Purged> {
+    let _lock = store.lock(&author.command, LOCK_WAIT)?;
+    let catalog = scan_strictly(store, tables, None)?;
+    guard::give_back(store, &catalog)?;
+    trash::purge::purge(store, &selection.of(store, SystemTime::now())?)
+}
+
 /// List, mark and plan.
 fn look(
     store: &dyn Store,
@@ -147,6 +168,8 @@ fn purge(store: &dyn Store, options: &Options, now: SystemTime, report: &mut Rep
         report.dropped_transactions = ended.clone();
         doomed.extend(ended);
         doomed.push(id);
+        doomed.sort_unstable();
+        doomed.dedup();
     }
     if !doomed.is_empty() {
         let purged = trash::purge::purge(store, &doomed)?;

@@ -3,9 +3,12 @@
 //! Data runs one way and each module knows only those above it in this list; see `docs/architecture.md`.
 
 pub mod catalog;
+pub mod cli;
 pub mod digest;
 pub mod edit;
+pub mod engine;
 pub mod error;
+pub mod fuse;
 pub mod gc;
 pub mod layout;
 pub mod manifest;
@@ -13,3 +16,4 @@ pub mod registry_config;
 pub mod sample;
 pub mod store;
 pub mod trash;
+pub mod view;

@@ -121,6 +121,9 @@ pub trait Store: Send + Sync {
     /// Waits for up to `wait`, then fails with [`Error::Busy`] that says who has it. `who` is shown to others.
     fn lock(&self, who: &str, wait: Duration) -> Result<Box<dyn Send>>;
 
+    /// Whether we may change it at all.
+    fn is_writable(&self) -> bool;
+
     /// How much space there is.
     fn space(&self) -> Result<Space>;
 

@@ -243,6 +243,30 @@ fn read_record(store: &dyn Store, path: &Path) -> Result<std::result::Result<Rec
     }
 }
 
+/// Which transactions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Selection {
+    /// All.
+    All,
+    /// One.
+    One(String),
+    /// Those that began longer ago.
+    Older(Duration),
+}
+
+impl Selection {
+    /// The names of those it selects.
+    pub fn of(&self, store: &dyn Store, now: SystemTime) -> Result<Vec<String>> {
+        let all = contents(store)?;
+        let selected: Vec<&Contents> = match self {
+            Selection::All => all.iter().collect(),
+            Selection::One(id) => vec![find(&all, id)?],
+            Selection::Older(age) => all.iter().filter(|t| t.is_older_than(*age, now)).collect(),
+        };
+        Ok(selected.into_iter().map(|t| t.id.clone()).collect())
+    }
+}
+
 /// The transaction `id` among `all`.
 ///
 /// # Errors

@@ -355,6 +355,10 @@ impl Store for Disk {
         Ok(Box::new(file))
     }
 
+    fn is_writable(&self) -> bool {
+        fs::accessat(&self.root, ".", fs::Access::WRITE_OK, AtFlags::EACCESS).is_ok()
+    }
+
     fn space(&self) -> Result<Space> {
         let stat =
             fs::fstatvfs(&self.root).map_err(|e| Error::io("look at the filesystem of", &self.path, e))?;

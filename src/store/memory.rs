@@ -142,6 +142,10 @@ impl Store for Memory {
         Ok(Box::new(Unlock(self.lock.clone())))
     }
 
+    fn is_writable(&self) -> bool {
+        true
+    }
+
     fn space(&self) -> Result<Space> {
         Ok(Space { block_size: 4096, ..Space::default() })
     }

@@ -13,6 +13,8 @@ use std::path::PathBuf;
 
 use super::undo::{named_by, revisions};
 use super::{Contents, contents, find, order_of_return};
+use bytesize::ByteSize;
+
 use crate::digest::Digest;
 use crate::error::{Error, Result, count};
 use crate::layout::{self, Kind};
@@ -29,6 +31,24 @@ pub struct Purged {
     pub bytes: u64,
     /// What could not be removed.
     pub failures: Vec<Error>,
+}
+
+impl Purged {
+    /// What was done, for people.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        for failure in &self.failures {
+            text += &format!("failed: {failure}\n");
+        }
+        for kept in &self.kept {
+            text += &format!("kept {kept}\n");
+        }
+        for id in &self.transactions {
+            text += &format!("purged {id}\n");
+        }
+        let freed = ByteSize::b(self.bytes);
+        text + &format!("freed {freed} from {}\n", count(self.transactions.len(), "transaction"))
+    }
 }
 
 /// Purges the transactions `ids`.

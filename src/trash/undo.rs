@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Contents, contents, find, order_of_return};
 use crate::digest::{Algorithm, Digest};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, count};
 use crate::layout::{self, Kind};
 use crate::manifest::{self, MAX_SIZE};
 use crate::store::Store;
@@ -25,6 +25,25 @@ pub struct Undone {
     pub present: Vec<PathBuf>,
     /// Digests that a manifest names and that are nowhere; the manifest may never have had them here.
     pub missing: Vec<Digest>,
+}
+
+impl Undone {
+    /// What was done, for people.
+    pub fn text(&self, id: &str) -> String {
+        let mut text = String::new();
+        for digest in &self.missing {
+            text += &format!(
+                "missing {digest}: a manifest names it, and it is neither in the store nor in the trash\n"
+            );
+        }
+        for path in &self.present {
+            text += &format!("present {}\n", path.display());
+        }
+        for path in &self.restored {
+            text += &format!("restored {}\n", path.display());
+        }
+        text + &format!("undid {id}: {} restored\n", count(self.restored.len(), "path"))
+    }
 }
 
 /// Gives back transaction `id`. The caller holds the lock.

@@ -1,0 +1,141 @@
+//! The command line: one module for each subcommand.
+//!
+//! Results go to stdout, everything else to stderr. Exit codes: 0 done; 1 failed; 2 usage (clap's own); 3 finished,
+//! but some of it failed. A reader that goes away (`regfs … | head`) is no failure.
+
+mod gc;
+mod mount;
+mod sample;
+mod trash;
+
+use std::ffi::OsString;
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::{Error, Result};
+use crate::registry_config;
+use crate::store::disk::Disk;
+use crate::view::control::parse_duration;
+
+/// Looks up an environment variable.
+pub type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
+/// Shows a Docker/OCI registry's storage as a file tree, deletes with rm, and collects garbage.
+///
+/// <STORE> is the registry's rootdirectory (it holds docker/registry/v2), or the registry's config.yml.
+#[derive(Parser, Debug)]
+#[command(name = "regfs", version, arg_required_else_help = true, after_help = AFTER_HELP)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Nothing is deleted for good but by a purge: rm and gc move things to a trash inside the store.
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but some of it failed.
+RUST_LOG=regfs=info (or debug) shows what is going on.";
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Mount a store; returns when the mount answers
+    Mount(mount::MountArgs),
+    /// Unmount, and wait for the daemon to end
+    Umount {
+        /// Where it is mounted
+        mountpoint: PathBuf,
+    },
+    /// Collect garbage into the trash, or say what there is
+    Gc(gc::GcArgs),
+    /// List, undo or purge what was taken out of a store
+    Trash(trash::TrashArgs),
+    /// Make a small registry to try regfs on
+    Sample {
+        /// A directory that does not exist yet, or is empty
+        directory: PathBuf,
+    },
+}
+
+/// Does what the command line says; returns the exit code.
+pub fn main(args: impl IntoIterator<Item = OsString>, environment: Environment<'_>) -> ExitCode {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let parsed = match Args::try_parse_from(&args) {
+        Ok(parsed) => parsed,
+        Err(e) => {
+            // Help and version come here, too, with exit code 0. A reader that is gone needs neither.
+            let _ = e.print();
+            return ExitCode::from(if e.use_stderr() || is_help_for_nothing(&e) { 2 } else { 0 });
+        }
+    };
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let result = match parsed.command {
+        Command::Mount(mount) => mount::run(&mount, &args, environment),
+        Command::Umount { mountpoint } => mount::umount(&mountpoint),
+        Command::Gc(gc) => gc::run(&gc, &args, environment),
+        Command::Trash(trash) => trash::run(&trash, &args, environment),
+        Command::Sample { directory } => sample::run(&directory),
+    };
+    match result {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Unfinished) => ExitCode::from(3),
+        Err(e) => {
+            eprintln!("regfs: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `regfs` without arguments shows its help, and that is a usage error.
+fn is_help_for_nothing(e: &clap::Error) -> bool {
+    e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+}
+
+/// How a command ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Outcome {
+    /// All of it.
+    Done,
+    /// Some of it failed.
+    Unfinished,
+}
+
+/// The storage root that a `<STORE>` argument means.
+fn storage_root(argument: &Path, environment: Environment<'_>) -> Result<PathBuf> {
+    let resolved = registry_config::resolve(argument, environment)?;
+    if let Some(config) = &resolved.from_config {
+        let by = match resolved.overridden_by.as_slice() {
+            [] => String::new(),
+            variables => format!(", overridden by {}", variables.join(", ")),
+        };
+        log::info!("{}: the storage is {}{by}", config.display(), resolved.storage_root.display());
+    }
+    Ok(resolved.storage_root)
+}
+
+/// Opens the store that a `<STORE>` argument means.
+fn open(argument: &Path, environment: Environment<'_>) -> Result<Disk> {
+    Disk::open(&storage_root(argument, environment)?)
+}
+
+/// Writes a result to stdout.
+fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(Error::io("write to", Path::new("stdout"), e)),
+        _ => Ok(()),
+    }
+}
+
+/// What was typed, for the log and for `txn.json`.
+fn typed(args: &[OsString]) -> String {
+    let words: Vec<String> = args.iter().skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
+    format!("regfs {}", words.join(" "))
+}
+
+fn duration(text: &str) -> std::result::Result<Duration, String> {
+    parse_duration(text)
+}

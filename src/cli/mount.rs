@@ -1,0 +1,155 @@
+//! `regfs mount` and `regfs umount`
+//!
+//! Without `--foreground` the command starts itself again as a daemon in a session of its own and waits until that
+//! says over a pipe that the mount answers. Until then the daemon shares our stderr, so that its errors reach the
+//! terminal, and its exit code becomes ours. (No fork: a process with threads can't go on after one.)
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use clap::Args;
+
+use super::{Environment, Outcome, duration, storage_root};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::fuse::mount::{self, MountOptions};
+use crate::store::Store;
+use crate::store::disk::Disk;
+use crate::view::Settings;
+
+/// What the daemon says when the mount answers.
+const READY: &[u8] = b"ready\n";
+
+/// Mount a store; returns when the mount answers.
+#[derive(Args, Debug)]
+pub(super) struct MountArgs {
+    /// The registry's rootdirectory or its config.yml
+    store: PathBuf,
+    /// An empty directory
+    mountpoint: PathBuf,
+    /// Stay in the foreground and log to stderr
+    #[arg(long, short)]
+    foreground: bool,
+    /// Show only; refuse rm and commands
+    #[arg(long)]
+    read_only: bool,
+    /// Let other users look, too (only the one who mounts can change anything)
+    #[arg(long)]
+    allow_other: bool,
+    /// Leave what was used more recently than this, unless a sweep says otherwise
+    #[arg(long, value_name = "AGE", default_value = "24h", value_parser = duration)]
+    grace: Duration,
+    /// Purge what has been in the trash for longer than this, unless a sweep says otherwise
+    #[arg(long, value_name = "AGE", default_value = "7d", value_parser = duration)]
+    keep: Duration,
+    /// Where the daemon logs to; nowhere if not given
+    #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
+    log_file: Option<PathBuf>,
+    /// Run as the daemon of another regfs, which waits for a word on stdout
+    #[arg(long, hide = true)]
+    daemon: bool,
+}
+
+pub(super) fn run(
+    args: &MountArgs,
+    typed_args: &[OsString],
+    environment: Environment<'_>,
+) -> Result<Outcome> {
+    match args.foreground || args.daemon {
+        true => serve(args, environment),
+        false => start_daemon(typed_args),
+    }
+}
+
+pub(super) fn umount(mountpoint: &Path) -> Result<Outcome> {
+    mount::umount(&mount::absolute(mountpoint)?)?;
+    Ok(Outcome::Done)
+}
+
+/// Starts ourselves again as a daemon and waits until the mount answers.
+fn start_daemon(typed_args: &[OsString]) -> Result<Outcome> {
+    let program = Path::new("/proc/self/exe");
+    let child = Command::new(program)
+        .args(typed_args.iter().skip(1))
+        .arg("--daemon")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut child = child.map_err(|e| Error::io("start the daemon", program, e))?;
+    let mut said = Vec::new();
+    if let Some(mut stdout) = child.stdout.take() {
+        // A daemon that died said nothing; its exit code tells the rest.
+        let _ = stdout.read_to_end(&mut said);
+    }
+    if said == READY {
+        return Ok(Outcome::Done);
+    }
+    let status = child.wait().map_err(|e| Error::io("wait for the daemon", program, e))?;
+    match status.code() {
+        // It said why on our stderr.
+        Some(code) => std::process::exit(code.max(1)),
+        None => Err(Error::invalid(format!("the daemon ended before the mount answered: {status}"))),
+    }
+}
+
+fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
+    let storage_root = storage_root(&args.store, environment)?;
+    let mountpoint = mount::absolute(&args.mountpoint)?;
+    refuse_inside(&storage_root, &mountpoint)?;
+    let store = Disk::open(&storage_root)?;
+    let read_only = args.read_only || !store.is_writable();
+    if read_only && !args.read_only {
+        log::warn!("{} can't be changed by this user: mounting read-only", storage_root.display());
+    }
+    let settings = Settings {
+        read_only,
+        uid: rustix::process::geteuid().as_raw(),
+        gid: rustix::process::getegid().as_raw(),
+        grace: args.grace,
+        keep: args.keep,
+        mounted_at: SystemTime::now(),
+    };
+    let log_file = args.log_file.as_deref().map(open_log).transpose()?;
+    let engine = Arc::new(Engine::new(Arc::new(store), settings)?);
+    let options = MountOptions { source: storage_root, mountpoint, read_only, allow_other: args.allow_other };
+    let mounted = mount::mount(engine.clone(), &options)?;
+    if args.daemon {
+        detach(log_file)?;
+    }
+    mounted.serve(&engine)?;
+    Ok(Outcome::Done)
+}
+
+/// A mount inside its own storage would wait for itself.
+fn refuse_inside(storage_root: &Path, mountpoint: &Path) -> Result<()> {
+    let root = storage_root.canonicalize().map_err(|e| Error::io("find the storage", storage_root, e))?;
+    match mountpoint.starts_with(&root) {
+        true => Err(Error::invalid(format!(
+            "{} lies inside the storage {}; mount it elsewhere",
+            mountpoint.display(),
+            root.display()
+        ))),
+        false => Ok(()),
+    }
+}
+
+fn open_log(path: &Path) -> Result<File> {
+    OpenOptions::new().append(true).create(true).open(path).map_err(|e| Error::io("open the log", path, e))
+}
+
+/// Says that the mount answers, and lets go of the terminal.
+fn detach(log_file: Option<File>) -> Result<()> {
+    let error = |e: std::io::Error| Error::io("go to the background from", Path::new("the terminal"), e);
+    std::env::set_current_dir("/").map_err(error)?;
+    rustix::process::setsid().map_err(|e| error(e.into()))?;
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(error)?;
+    rustix::stdio::dup2_stderr(log_file.as_ref().unwrap_or(&null)).map_err(|e| error(e.into()))?;
+    // Whoever waited may be gone; the mount stands all the same.
+    let _ = std::io::stdout().write_all(READY).and_then(|()| std::io::stdout().flush());
+    rustix::stdio::dup2_stdout(&null).map_err(|e| error(e.into()))
+}

@@ -1,0 +1,13 @@
+//! `regfs sample`
+
+use std::path::Path;
+
+use super::{Outcome, print};
+use crate::error::Result;
+use crate::sample;
+
+pub(super) fn run(directory: &Path) -> Result<Outcome> {
+    let summary = sample::write(directory)?;
+    print(&format!("made a sample registry in {}: {summary}\n", directory.display()))?;
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,82 @@
+//! `regfs trash`
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use super::{Environment, Outcome, duration, open, print, typed};
+use crate::catalog::Tables;
+use crate::error::{Error, Result};
+use crate::gc;
+use crate::trash::{self, Author, Selection};
+use crate::view::View;
+
+/// List, undo or purge what was taken out of a store.
+#[derive(Args, Debug)]
+pub(super) struct TrashArgs {
+    /// The registry's rootdirectory or its config.yml
+    store: PathBuf,
+    #[command(subcommand)]
+    command: TrashCommand,
+}
+
+#[derive(Subcommand, Debug)]
+enum TrashCommand {
+    /// Show what is in the trash, oldest first
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Give back what a transaction took, and what that names
+    Undo {
+        /// As `list` shows it
+        id: String,
+    },
+    /// Free the bytes for good: of one transaction, of old ones, or of all
+    Purge {
+        /// As `list` shows it; all if neither this nor --older is given
+        id: Option<String>,
+        /// Only transactions that began longer ago than this
+        #[arg(long, value_name = "AGE", value_parser = duration, conflicts_with = "id")]
+        older: Option<Duration>,
+    },
+}
+
+pub(super) fn run(
+    args: &TrashArgs,
+    typed_args: &[OsString],
+    environment: Environment<'_>,
+) -> Result<Outcome> {
+    let store = open(&args.store, environment)?;
+    let author = Author::current(&typed(typed_args));
+    match &args.command {
+        TrashCommand::List { json } => {
+            let summaries = trash::summaries(&store)?;
+            match json {
+                true => {
+                    let json = serde_json::to_string_pretty(&summaries);
+                    print(&(json.map_err(|e| Error::io("write", Path::new("the list"), e))? + "\n"))?;
+                }
+                false => print(&View::trash_table(&summaries))?,
+            }
+            Ok(Outcome::Done)
+        }
+        TrashCommand::Undo { id } => {
+            print(&gc::undo(&store, &author, id)?.text(id))?;
+            Ok(Outcome::Done)
+        }
+        TrashCommand::Purge { id, older } => {
+            let selection = match (id, older) {
+                (Some(id), _) => Selection::One(id.clone()),
+                (None, Some(age)) => Selection::Older(*age),
+                (None, None) => Selection::All,
+            };
+            let purged = gc::purge_trash(&store, &Tables::default(), &author, &selection)?;
+            print(&purged.text())?;
+            Ok(if purged.failures.is_empty() { Outcome::Done } else { Outcome::Unfinished })
+        }
+    }
+}

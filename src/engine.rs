@@ -1,0 +1,434 @@
+//! A mounted registry: the current snapshot, and every change that is made through the mount.
+//!
+//! Knows neither the kernel nor a command line. Answers come from an immutable [`Snapshot`]; a refresh or a
+//! change publishes the next one.
+//!
+//! # Freshness
+//! Whoever looks at the tree gets a snapshot that is at most a second old, or twenty times as old as a look at the
+//! storage takes, so that looking never costs more than a twentieth of the time. A change of our own publishes
+//! what it left.
+//!
+//! # Locks
+//! `changing` is held by a refresh and by a change of our own (order: `changing`, then the lock of the store, then
+//! `current`). A collection holds only the lock of the store, so that everything else goes on meanwhile.
+
+mod journal;
+mod remove;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::catalog::scan::scan;
+use crate::catalog::{Catalog, Tables};
+use crate::error::{Error, Result};
+use crate::gc::report::{human, timestamp};
+use crate::gc::{self, Options, Progress, guard};
+use crate::store::Store;
+use crate::trash::{self, Author};
+use crate::view::control::{self, GcCommand, TrashCommand};
+use crate::view::node::Node;
+use crate::view::{Settings, Snapshot, View};
+use journal::Journal;
+use remove::Open;
+
+/// How old a look at the storage may be.
+const FRESH: Duration = Duration::from_secs(1);
+/// How much older it may be than it takes.
+const COST_FACTOR: u32 = 20;
+/// How long a change waits for another regfs.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+
+/// A poisoned lock is taken all the same: what it guards is replaced as a whole or only shown to people.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A mounted registry.
+pub struct Engine {
+    store: Arc<dyn Store>,
+    settings: Settings,
+    tables: Tables,
+    current: RwLock<Arc<Snapshot>>,
+    looked: Mutex<Looked>,
+    changing: Mutex<Option<Open>>,
+    journal: Mutex<Journal>,
+    reports: Mutex<Reports>,
+    run: Run,
+}
+
+struct Looked {
+    at: Instant,
+    cost: Duration,
+}
+
+/// What control files read like.
+struct Reports {
+    gc: String,
+    trash: Option<String>,
+    refresh: String,
+    last_error: Option<String>,
+}
+
+/// The collection that runs.
+#[derive(Default)]
+struct Run {
+    is_running: AtomicBool,
+    is_stopped: AtomicBool,
+    phase: Mutex<&'static str>,
+    total: AtomicUsize,
+    done: AtomicUsize,
+}
+
+/// The collection is over when this goes, also by a panic.
+struct Running<'a>(&'a Run);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.is_running.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Progress for Run {
+    fn phase(&self, name: &'static str, total: usize) {
+        log::debug!("collection: {name}");
+        *locked(&self.phase) = name;
+        self.total.store(total, Ordering::Relaxed);
+        self.done.store(0, Ordering::Relaxed);
+    }
+
+    fn step(&self) {
+        self.done.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.is_stopped.load(Ordering::Relaxed)
+    }
+}
+
+impl Engine {
+    /// Looks at the storage for the first time.
+    pub fn new(store: Arc<dyn Store>, settings: Settings) -> Result<Engine> {
+        let tables = Tables::default();
+        let began = Instant::now();
+        let catalog = scan(&*store, &tables, None);
+        let snapshot = Snapshot::new(catalog, trash::ids(&*store)?);
+        let cost = began.elapsed();
+        log::info!(
+            "looked at {} repositories, {} manifests, {} blobs in {cost:?}",
+            snapshot.catalog.repositories.len(),
+            snapshot.catalog.manifests.len(),
+            snapshot.catalog.blobs.len(),
+        );
+        Ok(Engine {
+            store,
+            settings,
+            tables,
+            current: RwLock::new(Arc::new(snapshot)),
+            looked: Mutex::new(Looked { at: Instant::now(), cost }),
+            changing: Mutex::new(None),
+            journal: Mutex::default(),
+            reports: Mutex::new(Reports {
+                gc: format!("no collection has run since the mount\nunderstood: {}\n", control::GC_GRAMMAR),
+                trash: None,
+                refresh: "write anything to look at the storage now\n".to_string(),
+                last_error: None,
+            }),
+            run: Run::default(),
+        })
+    }
+
+    /// Where bytes come from.
+    pub fn store(&self) -> &dyn Store {
+        &*self.store
+    }
+
+    /// What does not change.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The registry as it is, by a look that is fresh enough.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        let (age, cost) = {
+            let looked = locked(&self.looked);
+            (looked.at.elapsed(), looked.cost)
+        };
+        if age > FRESH.max(cost * COST_FACTOR)
+            && let Ok(mut changing) = self.changing.try_lock()
+        {
+            self.refresh(&mut changing);
+        }
+        self.current()
+    }
+
+    fn current(&self) -> Arc<Snapshot> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Answers from `snapshot`.
+    pub fn view<'a>(&'a self, snapshot: &'a Snapshot) -> View<'a> {
+        View { snapshot, store: &*self.store, settings: &self.settings }
+    }
+
+    /// Looks at the storage now.
+    pub fn refresh_now(&self) {
+        self.refresh(&mut locked(&self.changing));
+    }
+
+    fn refresh(&self, _changing: &mut MutexGuard<'_, Option<Open>>) {
+        let began = Instant::now();
+        let before = self.current();
+        let catalog = scan(&*self.store, &self.tables, Some(&before.catalog));
+        let ids = self.transactions();
+        if ids != before.trash || !catalog.says_the_same_as(&before.catalog) {
+            let catalog = if ids.is_empty() { catalog } else { self.heal(catalog) };
+            self.publish(catalog, ids);
+        }
+        *locked(&self.looked) = Looked { at: Instant::now(), cost: began.elapsed() };
+    }
+
+    /// Gives back what a push named again; the catalog afterwards.
+    fn heal(&self, catalog: Catalog) -> Catalog {
+        if self.settings.read_only {
+            return catalog;
+        }
+        // A run of another regfs gives back by itself, so whoever holds the lock does this for us.
+        let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else { return catalog };
+        match guard::give_back(&*self.store, &catalog) {
+            Ok(restored) if restored.is_empty() => catalog,
+            Ok(restored) => {
+                let author = Author::current("regfs mount");
+                for path in restored {
+                    self.note(&author, "give back", &path.display().to_string(), "a manifest names it");
+                }
+                scan(&*self.store, &self.tables, Some(&catalog))
+            }
+            Err(e) => {
+                self.failed(&format!("could not give back what a manifest names: {e}"));
+                catalog
+            }
+        }
+    }
+
+    fn transactions(&self) -> Vec<String> {
+        trash::ids(&*self.store).unwrap_or_else(|e| {
+            self.failed(&e.to_string());
+            Vec::new()
+        })
+    }
+
+    fn publish(&self, catalog: Catalog, trash: Vec<String>) {
+        let next = Arc::new(Snapshot::new(catalog, trash));
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = next;
+    }
+
+    /// A line in `control/log`.
+    fn note(&self, author: &Author, action: &str, what: &str, result: &str) {
+        log::info!("{action} {what}: {result} (uid {}, pid {})", author.uid, author.pid);
+        locked(&self.journal).add(author, action, what, result);
+    }
+
+    fn failed(&self, why: &str) {
+        log::warn!("{why}");
+        locked(&self.reports).last_error = Some(why.to_string());
+    }
+
+    /// Whether commands can be written to a control file.
+    pub fn is_command(&self, node: Node) -> bool {
+        matches!(node, Node::ControlGc | Node::ControlTrash | Node::ControlRefresh)
+    }
+
+    /// What a control file reads like; `None` for other nodes.
+    pub fn control_text(&self, node: Node) -> Option<Arc<[u8]>> {
+        let text = match node {
+            Node::ControlGc => locked(&self.reports).gc.clone(),
+            Node::ControlTrash => self.trash_text(),
+            Node::ControlRefresh => locked(&self.reports).refresh.clone(),
+            Node::ControlStatus => self.status(),
+            Node::ControlLog => locked(&self.journal).text(),
+            _ => return None,
+        };
+        Some(text.into_bytes().into())
+    }
+
+    /// The content of any generated file.
+    pub fn text(&self, snapshot: &Snapshot, node: Node) -> Option<Arc<[u8]>> {
+        self.control_text(node).or_else(|| self.view(snapshot).text(node))
+    }
+
+    fn trash_text(&self) -> String {
+        let answer = locked(&self.reports).trash.clone().unwrap_or_default();
+        match trash::summaries(&*self.store) {
+            Ok(summaries) => answer + &View::trash_table(&summaries),
+            Err(e) => format!("{answer}{e}\n"),
+        }
+    }
+
+    fn status(&self) -> String {
+        let snapshot = self.current();
+        let is_running = self.run.is_running.load(Ordering::Relaxed);
+        let cost = locked(&self.looked).cost;
+        let (phase, total, done) = match is_running {
+            true => (
+                *locked(&self.run.phase),
+                self.run.total.load(Ordering::Relaxed),
+                self.run.done.load(Ordering::Relaxed),
+            ),
+            false => ("", 0, 0),
+        };
+        let status = serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "pid": std::process::id(),
+            "store": self.store.full(std::path::Path::new("")),
+            "read_only": self.settings.read_only,
+            "state": if is_running { "running" } else { "idle" },
+            "phase": phase,
+            "done": done,
+            "total": total,
+            "repositories": snapshot.catalog.repositories.len(),
+            "manifests": snapshot.catalog.manifests.len(),
+            "blobs": snapshot.catalog.blobs.len(),
+            "transactions": snapshot.trash.len(),
+            "problems": snapshot.catalog.problems.len(),
+            "looked_at": timestamp(snapshot.catalog.scanned_at),
+            "look_seconds": cost.as_secs_f64(),
+            "last_error": locked(&self.reports).last_error,
+        });
+        // Pretty-printing a value made here can't fail.
+        serde_json::to_string_pretty(&status).unwrap_or_default() + "\n"
+    }
+
+    /// Does what was written to a control file; returns when it is done, or at once where that was asked for.
+    pub fn command(self: &Arc<Engine>, node: Node, text: &str, author: &Author) -> Result<()> {
+        let result = match node {
+            Node::ControlRefresh => {
+                self.refresh_now();
+                locked(&self.reports).refresh =
+                    format!("looked at the storage at {}\n", timestamp(SystemTime::now()));
+                Ok(())
+            }
+            Node::ControlGc => self.gc_command(text, author),
+            Node::ControlTrash => self.trash_command(text, author),
+            _ => Err(Error::ReadOnly),
+        };
+        if let Err(e) = &result {
+            self.note(author, "command", text.trim(), &e.to_string());
+            self.failed(&e.to_string());
+            let answer = format!("{e}\n");
+            let mut reports = locked(&self.reports);
+            match node {
+                // A command that is not taken while one runs must not hide the report of that one.
+                Node::ControlGc if !matches!(e, Error::Busy { .. } | Error::Unfinished { .. }) => {
+                    reports.gc = answer
+                }
+                Node::ControlTrash => reports.trash = Some(answer),
+                _ => {}
+            }
+        }
+        result
+    }
+
+    fn gc_command(self: &Arc<Engine>, text: &str, author: &Author) -> Result<()> {
+        let defaults = Options { grace: self.settings.grace, keep: self.settings.keep, ..Options::default() };
+        match control::parse_gc(text, &defaults)? {
+            GcCommand::Stop => {
+                if !self.run.is_running.load(Ordering::SeqCst) {
+                    return Err(Error::invalid("no collection is running, so there is none to stop"));
+                }
+                self.run.is_stopped.store(true, Ordering::SeqCst);
+                self.note(author, "command", "stop", "the collection ends after its current step");
+                Ok(())
+            }
+            GcCommand::Run(options, background) => {
+                if self.run.is_running.swap(true, Ordering::SeqCst) {
+                    let why = "a collection is running; see control/status, or write stop".to_string();
+                    return Err(Error::Busy { why });
+                }
+                self.run.is_stopped.store(false, Ordering::SeqCst);
+                if !background {
+                    return self.collect(&options, author);
+                }
+                let (engine, author) = (self.clone(), author.clone());
+                let run = move || {
+                    if let Err(e) = engine.collect(&options, &author) {
+                        engine.failed(&e.to_string());
+                        if !matches!(e, Error::Unfinished { .. }) {
+                            locked(&engine.reports).gc = format!("{e}\n");
+                        }
+                    }
+                };
+                let spawned = std::thread::Builder::new().name("collection".into()).spawn(run);
+                if let Err(e) = spawned {
+                    self.run.is_running.store(false, Ordering::SeqCst);
+                    return Err(Error::io("start a thread for", std::path::Path::new("control/gc"), e));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Runs a collection; `is_running` was set by the caller.
+    fn collect(&self, options: &Options, author: &Author) -> Result<()> {
+        let running = Running(&self.run);
+        let result = gc::run(&*self.store, &self.tables, options, author, &self.run);
+        if !options.dry_run {
+            self.publish_anew();
+        }
+        let report = result?;
+        let what = format!(
+            "{} blobs, {} freed, {} in the trash",
+            report.taken.len(),
+            human(report.freed_bytes),
+            human(report.quarantined_bytes)
+        );
+        let action = if options.dry_run { "dry-run" } else { "sweep" };
+        self.note(
+            author,
+            action,
+            &what,
+            if report.is_complete() { "done" } else { "finished with failures" },
+        );
+        locked(&self.reports).gc = report.text();
+        drop(running);
+        match report.is_complete() {
+            true => Ok(()),
+            false => Err(Error::Unfinished { see: "control/gc" }),
+        }
+    }
+
+    fn trash_command(&self, text: &str, author: &Author) -> Result<()> {
+        let (action, what, answer) = match control::parse_trash(text)? {
+            TrashCommand::Undo(id) => {
+                let undone = gc::undo(&*self.store, author, &id)?;
+                ("undo", id.clone(), undone.text(&id))
+            }
+            TrashCommand::Purge(selection) => {
+                let purged = gc::purge_trash(&*self.store, &self.tables, author, &selection)?;
+                ("purge", purged.transactions.join(" "), purged.text())
+            }
+        };
+        self.publish_anew();
+        self.note(author, action, &what, answer.lines().last().unwrap_or("done"));
+        locked(&self.reports).trash = Some(answer);
+        Ok(())
+    }
+
+    /// Ends a collection that still runs, cleanly, and waits for it.
+    pub fn end(&self) {
+        self.run.is_stopped.store(true, Ordering::SeqCst);
+        while self.run.is_running.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Looks at the storage after a change of our own: even where the catalog says the same, bytes have moved.
+    fn publish_anew(&self) {
+        let mut changing = locked(&self.changing);
+        // What was being filled may be gone.
+        *changing = None;
+        let before = self.current();
+        let catalog = scan(&*self.store, &self.tables, Some(&before.catalog));
+        self.publish(catalog, self.transactions());
+    }
+}

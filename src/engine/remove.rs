@@ -1,0 +1,234 @@
+//! `unlink` and `rmdir` in the mount.
+//!
+//! What one process removes within a few seconds goes into one transaction, so that one undo brings back what one
+//! `rm -r` took.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
+
+use super::{Engine, LOCK_WAIT, locked};
+use crate::catalog::intern::NameId;
+use crate::catalog::scan::rescan;
+use crate::catalog::{Catalog, Repository};
+use crate::digest::Digest;
+use crate::edit::{self, Removal};
+use crate::error::{Error, Result};
+use crate::layout;
+use crate::trash::{Author, Transaction};
+use crate::view::node::Node;
+use crate::view::tree::{REVISIONS, TAGS, UPLOADS, parse_reference};
+
+/// How long a transaction stays open for the process that began it.
+const STAYS_OPEN: Duration = Duration::from_secs(2);
+
+/// A transaction that the next removal of the same process joins.
+pub(super) struct Open {
+    author: Author,
+    transaction: Transaction,
+    last_used: Instant,
+}
+
+/// What is to be removed from a repository.
+enum Target {
+    Tag(NameId),
+    Manifest(Digest),
+    /// The tag, as long as it points there.
+    TagAt(NameId, Digest),
+    Upload(NameId),
+}
+
+impl Engine {
+    /// Removes the name of a file or a symlink.
+    pub fn unlink(&self, parent: Node, name: &OsStr, author: &Author) -> Result<()> {
+        if self.settings.read_only {
+            return Err(Error::ReadOnly);
+        }
+        let Some((repository, target, path)) = self.target(parent, name)? else {
+            return Err(refusal(parent));
+        };
+        let result =
+            self.change(&repository, &path, author, |engine, changing, catalog, found| match target {
+                Target::Upload(upload) => {
+                    let upload = catalog.name(upload);
+                    let grace = engine.settings.grace;
+                    let mut begin = || engine.transaction(changing, author, &path);
+                    edit::take_upload(&*engine.store, &repository, &upload, grace, &mut begin)?;
+                    Ok(rescan(&*engine.store, catalog, &repository))
+                }
+                _ => {
+                    let removal = removal(catalog, found, &target)?;
+                    let transaction = engine.transaction(changing, author, &path)?;
+                    edit::take(&*engine.store, catalog, found, &removal, &transaction)
+                }
+            });
+        let said = result.as_ref().map_or_else(ToString::to_string, |()| "moved to the trash".to_string());
+        self.note(author, "rm", &path, &said);
+        result
+    }
+
+    /// Removes an empty directory; of a repository, what is left of it.
+    pub fn rmdir(&self, parent: Node, name: &OsStr, author: &Author) -> Result<()> {
+        if self.settings.read_only {
+            return Err(Error::ReadOnly);
+        }
+        let snapshot = self.snapshot();
+        let view = self.view(&snapshot);
+        let Some(node) = view.lookup(parent, name)? else {
+            return Err(Error::NotFound { what: name.display().to_string() });
+        };
+        match node {
+            // These stand in every repository and are empty or not; they go with it.
+            Node::Tags(_) | Node::Revisions(_) | Node::RevisionsOf(..) | Node::Uploads(_) => {
+                match view.list(node)?.unwrap_or_default().is_empty() {
+                    true => Ok(()),
+                    false => Err(Error::NotEmpty { what: name.display().to_string() }),
+                }
+            }
+            Node::Namespace(path) => {
+                let path = snapshot.path(path).unwrap_or_default();
+                let shown = format!("images/{}", path.display());
+                let mut changing = locked(&self.changing);
+                let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
+                let current = self.current();
+                let mut begin = || self.transaction(&mut changing, author, &shown);
+                let result = edit::take_repository(&*self.store, &current.catalog, &path, &mut begin);
+                let said =
+                    result.as_ref().map_or_else(ToString::to_string, |_| "moved to the trash".to_string());
+                self.note(author, "rmdir", &shown, &said);
+                self.publish(result?, self.transactions());
+                Ok(())
+            }
+            _ => Err(refusal(parent)),
+        }
+    }
+
+    /// What `name` in `parent` means to a removal, and how people write it; `None` where nothing can be removed.
+    fn target(&self, parent: Node, name: &OsStr) -> Result<Option<(PathBuf, Target, String)>> {
+        let snapshot = self.snapshot();
+        let view = self.view(&snapshot);
+        let missing = || Error::NotFound { what: name.display().to_string() };
+        let named = |id: NameId| snapshot.path(id).ok_or_else(missing);
+        let found = || view.lookup(parent, name)?.ok_or_else(missing);
+        Ok(match parent {
+            Node::Tags(repository) => {
+                let Node::Tag(tag, _) = found()? else { return Ok(None) };
+                let repository = named(repository)?;
+                let path = format!("images/{}/{TAGS}/{}", repository.display(), name.display());
+                Some((repository, Target::Tag(tag), path))
+            }
+            Node::RevisionsOf(algorithm, repository) => {
+                let Node::Blob(id) = found()? else { return Ok(None) };
+                let repository = named(repository)?;
+                let path = format!(
+                    "images/{}/{REVISIONS}/{}/{}",
+                    repository.display(),
+                    algorithm.name(),
+                    name.display()
+                );
+                Some((repository, Target::Manifest(snapshot.catalog.digest(id)), path))
+            }
+            Node::Uploads(repository) => {
+                let Node::Upload(upload, _) = found()? else { return Ok(None) };
+                let repository = named(repository)?;
+                let path = format!("images/{}/{UPLOADS}/{}", repository.display(), name.display());
+                Some((repository, Target::Upload(upload), path))
+            }
+            Node::Images | Node::Namespace(_) => {
+                let Some(reference) = parse_reference(name) else { return Ok(None) };
+                found()?;
+                let repository = view.namespace(parent).unwrap_or_default().join(reference.repository);
+                let tag = reference.tag.map(|tag| snapshot.catalog.tables.names.intern(OsStr::new(tag)));
+                let target = match (tag, reference.digest) {
+                    (Some(tag), Some(digest)) => Target::TagAt(tag, digest),
+                    (Some(tag), None) => Target::Tag(tag),
+                    (None, Some(digest)) => Target::Manifest(digest),
+                    (None, None) => return Ok(None),
+                };
+                let path = format!("images/{}", repository.with_file_name(name).display());
+                Some((repository, target, path))
+            }
+            _ => None,
+        })
+    }
+
+    /// Makes a change to one repository as it is now, and publishes what it left.
+    fn change(
+        &self,
+        repository: &Path,
+        _path: &str,
+        author: &Author,
+        act: impl FnOnce(&Engine, &mut MutexGuard<'_, Option<Open>>, &Catalog, &Repository) -> Result<Catalog>,
+    ) -> Result<()> {
+        let mut changing = locked(&self.changing);
+        let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
+        let catalog = rescan(&*self.store, &self.current().catalog, repository);
+        let found = catalog.repository(repository).cloned();
+        let found = found.ok_or_else(|| Error::NotFound { what: repository.display().to_string() })?;
+        let result = act(self, &mut changing, &catalog, &found);
+        // Also after a failure: the rescan may have found what has changed meanwhile.
+        let (catalog, result) = match result {
+            Ok(catalog) => (catalog, Ok(())),
+            Err(e) => (rescan(&*self.store, &catalog, repository), Err(e)),
+        };
+        self.publish(catalog, self.transactions());
+        result
+    }
+
+    /// The transaction that a removal goes to: the open one of the same process, or a new one.
+    fn transaction(
+        &self,
+        changing: &mut MutexGuard<'_, Option<Open>>,
+        author: &Author,
+        path: &str,
+    ) -> Result<Transaction> {
+        if let Some(open) =
+            changing.as_mut().filter(|o| o.author == *author && o.last_used.elapsed() < STAYS_OPEN)
+        {
+            // Another regfs may have purged it.
+            let record = layout::transaction(open.transaction.id()).join(layout::TRANSACTION_FILE);
+            if self.store.stat(&record)?.is_some() {
+                open.last_used = Instant::now();
+                return Ok(open.transaction.clone());
+            }
+        }
+        let transaction = Transaction::begin(&*self.store, "rm", author, &format!("removed {path}"))?;
+        let open =
+            Open { author: author.clone(), transaction: transaction.clone(), last_used: Instant::now() };
+        **changing = Some(open);
+        Ok(transaction)
+    }
+}
+
+fn removal(catalog: &Catalog, repository: &Repository, target: &Target) -> Result<Removal> {
+    let gone = |what: String| Error::NotFound { what: format!("{what} in {}", repository.name.display()) };
+    let tag =
+        |id: &NameId| repository.tag(*id).ok_or_else(|| gone(format!("tag {}", catalog.name(*id).display())));
+    match target {
+        Target::Tag(id) => Ok(edit::removal_of_tag(catalog, repository, tag(id)?)),
+        Target::TagAt(id, digest) => {
+            let tag = tag(id)?;
+            match tag.target.map(|target| catalog.digest(target)) == Some(*digest) {
+                true => Ok(edit::removal_of_tag(catalog, repository, tag)),
+                false => Err(Error::Changed { what: format!("tag {}", catalog.name(*id).display()) }),
+            }
+        }
+        Target::Manifest(digest) => {
+            let id = catalog.tables.digests.find(digest).filter(|id| repository.revision(*id).is_some());
+            let id = id.ok_or_else(|| gone(format!("manifest {digest}")))?;
+            edit::removal_of_manifest(catalog, repository, id)
+        }
+        Target::Upload(id) => Err(gone(format!("tag {}", catalog.name(*id).display()))),
+    }
+}
+
+/// Why nothing can be removed from `parent`: where deleting means nothing, the tools say "not permitted".
+fn refusal(parent: Node) -> Error {
+    match parent {
+        Node::Root | Node::BlobShard(..) | Node::UnreachableOf(_) | Node::Control => {
+            Error::NotPermitted { why: "only what stands below images/ can be removed; a sweep takes blobs" }
+        }
+        _ => Error::ReadOnly,
+    }
+}

@@ -1,0 +1,7 @@
+//! fuser ⇄ engine: one short handler per call.
+//!
+//! The only module that knows fuser. [`filesystem`] answers the kernel, [`mount`] mounts and unmounts.
+
+pub mod filesystem;
+pub mod mount;
+mod waiting;

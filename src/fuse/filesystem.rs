@@ -1,0 +1,551 @@
+//! Answers the kernel from the engine.
+//!
+//! # Caching
+//! The kernel keeps nothing about names and attributes (all times to live are 0), so that it never shows what is
+//! gone; it keeps the pages of blobs, which never change.
+//!
+//! # Consistency
+//! A directory is listed once, when it is opened: offsets stay valid while `rm -r` empties it. A generated file
+//! reads as it was when it was opened.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
+    TimeOrNow, WriteFlags,
+};
+
+use super::waiting;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::layout;
+use crate::store::Reader;
+use crate::trash::Author;
+use crate::view::Snapshot;
+use crate::view::attributes::Attributes;
+use crate::view::node::{Node, Type};
+
+/// How long the kernel may believe us without asking again.
+const TTL: Duration = Duration::ZERO;
+/// Longest command in bytes.
+const COMMAND_LIMIT: usize = 4096;
+
+/// The filesystem as fuser drives it.
+pub struct RegistryFilesystem {
+    engine: Arc<Engine>,
+    handles: Mutex<HashMap<u64, Handle>>,
+    next_handle: AtomicU64,
+}
+
+/// What an open file or directory reads from.
+#[derive(Clone)]
+enum Handle {
+    Directory(Arc<[(std::ffi::OsString, Node, FileType)]>),
+    Text(Arc<[u8]>),
+    Bytes(Arc<dyn Reader>),
+}
+
+impl RegistryFilesystem {
+    /// A filesystem that shows what `engine` knows.
+    pub fn new(engine: Arc<Engine>) -> RegistryFilesystem {
+        RegistryFilesystem { engine, handles: Mutex::default(), next_handle: AtomicU64::new(1) }
+    }
+
+    fn handles(&self) -> MutexGuard<'_, HashMap<u64, Handle>> {
+        // Inserts and removals leave the map whole.
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open_handle(&self, handle: Handle) -> FileHandle {
+        let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.handles().insert(number, handle);
+        FileHandle(number)
+    }
+
+    fn handle(&self, handle: FileHandle) -> Option<Handle> {
+        self.handles().get(&handle.0).cloned()
+    }
+
+    fn attributes(&self, snapshot: &Snapshot, node: Node) -> Result<Option<FileAttr>> {
+        let size_of = |node| self.engine.text(snapshot, node).map_or(0, |text| text.len() as u64);
+        let attributes = self.engine.view(snapshot).attributes(node, &size_of)?;
+        Ok(attributes.map(|a| self.file_attr(node, &a)))
+    }
+
+    fn file_attr(&self, node: Node, attributes: &Attributes) -> FileAttr {
+        let settings = self.engine.settings();
+        FileAttr {
+            ino: INodeNo(node.inode()),
+            size: attributes.size,
+            blocks: attributes.blocks,
+            atime: attributes.modified,
+            mtime: attributes.modified,
+            ctime: attributes.modified,
+            crtime: SystemTime::UNIX_EPOCH,
+            kind: file_type(attributes.node_type),
+            perm: attributes.mode,
+            nlink: attributes.links,
+            uid: settings.uid,
+            gid: settings.gid,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+
+    fn find(&self, parent: INodeNo, name: &OsStr) -> Result<FileAttr> {
+        let missing = || Error::NotFound { what: name.display().to_string() };
+        let parent = Node::of_inode(parent.0).ok_or_else(missing)?;
+        let snapshot = self.engine.snapshot();
+        let node = self.engine.view(&snapshot).lookup(parent, name)?.ok_or_else(missing)?;
+        self.attributes(&snapshot, node)?.ok_or_else(missing)
+    }
+
+    fn stat(&self, inode: INodeNo) -> Result<FileAttr> {
+        let missing = || Error::NotFound { what: format!("inode {inode}") };
+        let node = Node::of_inode(inode.0).ok_or_else(missing)?;
+        self.attributes(&self.engine.snapshot(), node)?.ok_or_else(missing)
+    }
+
+    fn list(&self, inode: INodeNo) -> Result<Handle> {
+        let missing = || Error::NotFound { what: format!("inode {inode}") };
+        let node = Node::of_inode(inode.0).ok_or_else(missing)?;
+        let snapshot = self.engine.snapshot();
+        let view = self.engine.view(&snapshot);
+        let listed = view.list(node)?.ok_or_else(missing)?;
+        let mut entries = Vec::with_capacity(listed.len() + 2);
+        entries.push((".".into(), node, FileType::Directory));
+        // The kernel knows the way up by itself; the number only has to be there.
+        entries.push(("..".into(), Node::Root, FileType::Directory));
+        for (name, node) in listed {
+            if let Some(node_type) = view.type_of(node)? {
+                entries.push((name, node, file_type(node_type)));
+            }
+        }
+        Ok(Handle::Directory(entries.into()))
+    }
+
+    fn open_file(&self, node: Node, mode: OpenAccMode) -> Result<(Handle, FopenFlags)> {
+        let is_writable = self.engine.is_command(node) && !self.engine.settings().read_only;
+        if mode != OpenAccMode::O_RDONLY && !is_writable {
+            return Err(Error::ReadOnly);
+        }
+        let snapshot = self.engine.snapshot();
+        if let Some(path) = self.bytes_of(&snapshot, node) {
+            let reader = self.engine.store().open(&path)?;
+            let reader: Arc<dyn Reader> = match reader {
+                Some(reader) => reader.into(),
+                // A manifest without bytes is shown as an empty file; anything else is gone.
+                None if matches!(node, Node::Blob(_) | Node::Upload(..)) => {
+                    return Ok((Handle::Text(Arc::default()), FopenFlags::FOPEN_DIRECT_IO));
+                }
+                None => return Err(Error::NotFound { what: path.display().to_string() }),
+            };
+            let flags = match node {
+                // Content under a digest never changes.
+                Node::Blob(_) => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
+                _ => FopenFlags::FOPEN_NOFLUSH,
+            };
+            return Ok((Handle::Bytes(reader), flags));
+        }
+        let text = self.engine.text(&snapshot, node);
+        let text = text.ok_or_else(|| Error::NotFound { what: format!("{node:?}") })?;
+        // Its size may differ from what stat said a moment ago.
+        Ok((Handle::Text(text), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH))
+    }
+
+    /// The file in the store that a node shows.
+    fn bytes_of(&self, snapshot: &Snapshot, node: Node) -> Option<std::path::PathBuf> {
+        match node {
+            Node::Blob(id) => snapshot.catalog.tables.digests.checked(id).map(|d| layout::blob_data(&d)),
+            Node::Upload(upload, repository) => {
+                Some(layout::upload_data(&snapshot.path(repository)?, &snapshot.name(upload)?))
+            }
+            Node::Trashed(path) => Some(Path::new(layout::TRASH).join(snapshot.path(path)?)),
+            _ => None,
+        }
+    }
+}
+
+/// Who sent a request, for the log and for `txn.json`.
+fn author(request: &Request, fallback: &str) -> Author {
+    let pid = request.pid();
+    // For people only: a process that is gone, or one in another pid namespace, has no command line to show.
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words: Vec<String> = command
+        .split(|b| *b == 0)
+        .filter(|word| !word.is_empty())
+        .map(|word| String::from_utf8_lossy(word).into_owned())
+        .collect();
+    let command = match words.join(" ") {
+        words if words.is_empty() => fallback.to_string(),
+        words => words.chars().take(300).collect(),
+    };
+    Author { uid: request.uid(), pid, command }
+}
+
+fn file_type(node_type: Type) -> FileType {
+    match node_type {
+        Type::Directory => FileType::Directory,
+        Type::File => FileType::RegularFile,
+        Type::Symlink => FileType::Symlink,
+    }
+}
+
+/// The errno of an error, which goes to the log where it is not an everyday answer.
+fn errno(error: &Error) -> Errno {
+    match error {
+        Error::NotFound { .. } | Error::ReadOnly | Error::NotPermitted { .. } | Error::NotEmpty { .. } => {
+            log::debug!("{error}");
+        }
+        _ => log::warn!("{error}"),
+    }
+    Errno::from_i32(error.errno())
+}
+
+impl Filesystem for RegistryFilesystem {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        // Refused means not offered by this kernel; everything works without, only slower.
+        if let Err(refused) = config.add_capabilities(InitFlags::FUSE_PARALLEL_DIROPS) {
+            log::debug!("the kernel does not offer {refused:?}");
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.find(parent, name) {
+            Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    fn getattr(&self, _request: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        match self.stat(inode) {
+            Ok(attr) => reply.attr(&TTL, &attr),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        // `echo x > file` truncates before it writes; a command file has nothing to truncate.
+        let is_command = Node::of_inode(inode.0).is_some_and(|node| self.engine.is_command(node));
+        let only_truncates = size.is_some() && mode.is_none() && uid.is_none() && gid.is_none();
+        match self.stat(inode) {
+            Ok(attr) if is_command && only_truncates && !self.engine.settings().read_only => {
+                reply.attr(&TTL, &attr);
+            }
+            Ok(_) => reply.error(Errno::EROFS),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
+        let snapshot = self.engine.snapshot();
+        match Node::of_inode(inode.0).and_then(|node| self.engine.view(&snapshot).target(node)) {
+            Some(target) => reply.data(target.as_os_str().as_encoded_bytes()),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn open(&self, _request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let opened = Node::of_inode(inode.0).map(|node| self.open_file(node, flags.acc_mode()));
+        match opened {
+            Some(Ok((handle, flags))) => reply.opened(self.open_handle(handle), flags),
+            Some(Err(e)) => reply.error(errno(&e)),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        match self.handle(handle) {
+            Some(Handle::Text(text)) => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
+                let end = start.saturating_add(size as usize).min(text.len());
+                reply.data(&text[start..end]);
+            }
+            Some(Handle::Bytes(reader)) => match read_full(&*reader, offset, size as usize) {
+                Ok(bytes) => reply.data(&bytes),
+                Err(e) => {
+                    log::warn!("could not read {_inode}: {e}");
+                    reply.error(e.into());
+                }
+            },
+            Some(Handle::Directory(_)) | None => reply.error(Errno::EBADF),
+        }
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        inode: INodeNo,
+        _handle: FileHandle,
+        _offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let (Some(node), true) = (Node::of_inode(inode.0), data.len() <= COMMAND_LIMIT) else {
+            return reply.error(Errno::EINVAL);
+        };
+        let text = String::from_utf8_lossy(data).into_owned();
+        let author = author(request, text.trim());
+        waiting::command(self.engine.clone(), node, text, author, data.len() as u32, reply);
+    }
+
+    fn flush(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        reply.ok();
+    }
+
+    fn fsync(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply.ok();
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.handles().remove(&handle.0);
+        reply.ok();
+    }
+
+    fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.list(inode) {
+            Ok(handle) => reply.opened(self.open_handle(handle), FopenFlags::empty()),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    fn readdir(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let Some(Handle::Directory(entries)) = self.handle(handle) else {
+            return reply.error(Errno::EBADF);
+        };
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (at, (name, node, kind)) in entries.iter().enumerate().skip(start) {
+            if reply.add(INodeNo(node.inode()), at as u64 + 1, *kind, name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn releasedir(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.handles().remove(&handle.0);
+        reply.ok();
+    }
+
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let author = author(request, "rm");
+        match Node::of_inode(parent.0).map(|parent| self.engine.unlink(parent, name, &author)) {
+            Some(Ok(())) => reply.ok(),
+            Some(Err(e)) => reply.error(errno(&e)),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let author = author(request, "rmdir");
+        match Node::of_inode(parent.0).map(|parent| self.engine.rmdir(parent, name, &author)) {
+            Some(Ok(())) => reply.ok(),
+            Some(Err(e)) => reply.error(errno(&e)),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    // Everything below is read-only, said in the errno that each tool explains best: never EXDEV, after which
+    // `mv` would copy and delete.
+
+    fn mknod(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn mkdir(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn symlink(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _target: &Path,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn link(&self, _request: &Request, _inode: INodeNo, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rename(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _new_parent: INodeNo,
+        _new_name: &OsStr,
+        _flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn create(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: fuser::ReplyCreate,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    // The kernel asks once and never again, instead of twice for each file of an `ls -l`.
+
+    fn getxattr(&self, _request: &Request, _inode: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _request: &Request, _inode: INodeNo, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn setxattr(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn removexattr(&self, _request: &Request, _inode: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
+        match self.engine.store().space() {
+            Ok(s) => reply.statfs(
+                s.blocks,
+                s.free,
+                s.available,
+                s.files,
+                s.files_free,
+                s.block_size,
+                255,
+                s.block_size,
+            ),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+}
+
+/// Reads `size` bytes at `offset`, fewer only at the end of the file.
+fn read_full(reader: &dyn Reader, offset: u64, size: usize) -> std::io::Result<Vec<u8>> {
+    let mut buffer = vec![0; size];
+    let mut filled = 0;
+    while filled < size {
+        match reader.read_at(&mut buffer[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    buffer.truncate(filled);
+    Ok(buffer)
+}

@@ -1,0 +1,7 @@
+//! The `regfs` command; see [`regfs::cli`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    regfs::cli::main(std::env::args_os(), &|name| std::env::var_os(name))
+}

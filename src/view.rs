@@ -1,0 +1,276 @@
+//! The tree that people see, as functions of a snapshot.
+//!
+//! Knows neither the kernel nor any command line: [`tree`] tells what is where, [`attributes`] what `stat` says,
+//! [`text`] what generated files read like, [`control`] what the words written to `control/` mean.
+//!
+//! What costs a pass over the catalog is made when someone first looks at it, once for each [`Snapshot`].
+
+pub mod attributes;
+pub mod control;
+pub mod node;
+pub mod text;
+pub mod tree;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use crate::catalog::intern::{DigestId, IdSet, NameId};
+use crate::catalog::{Catalog, Keeps, Manifest, Repository};
+use crate::gc::mark::{self, Mark, Untagged};
+use crate::gc::plan::{self, Candidate, Policy};
+use crate::layout;
+use crate::store::Store;
+
+/// What of the mount does not change.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Nothing can be removed and nothing be commanded.
+    pub read_only: bool,
+    /// Owner of everything.
+    pub uid: u32,
+    /// Group of everything.
+    pub gid: u32,
+    /// Youngest age that a sweep touches unless told otherwise.
+    pub grace: Duration,
+    /// How long the trash keeps things unless told otherwise.
+    pub keep: Duration,
+    /// When the mount began; the time of what has no other.
+    pub mounted_at: SystemTime,
+}
+
+/// A catalog with all that the tree makes of it.
+pub struct Snapshot {
+    /// The registry.
+    pub catalog: Catalog,
+    /// Names of the transactions in the trash.
+    pub trash: Vec<String>,
+    /// Children of each directory below `images`, the root of it included.
+    directories: BTreeMap<PathBuf, BTreeSet<OsString>>,
+    mark: OnceLock<Mark>,
+    listed: OnceLock<IdSet>,
+    uses: OnceLock<Uses>,
+    candidates: OnceLock<Vec<Candidate>>,
+    missing: OnceLock<Vec<DigestId>>,
+    sizes: OnceLock<HashMap<DigestId, u64>>,
+    usage: OnceLock<Arc<[u8]>>,
+}
+
+/// Who names what, backwards.
+#[derive(Default)]
+pub struct Uses {
+    /// Reachable manifests that name a digest.
+    pub manifests: HashMap<DigestId, Vec<DigestId>>,
+    /// Repositories that have a manifest.
+    pub revisions: HashMap<DigestId, Vec<PathBuf>>,
+    /// Tags that point at a manifest.
+    pub tags: HashMap<DigestId, Vec<(PathBuf, NameId)>>,
+    /// Manifests that are about a manifest.
+    pub referrers: HashMap<DigestId, Vec<DigestId>>,
+    /// Repositories that keep a digest for safety's sake.
+    pub keepers: HashMap<DigestId, Vec<PathBuf>>,
+}
+
+impl Snapshot {
+    /// Prepares the tree of `catalog`.
+    pub fn new(catalog: Catalog, trash: Vec<String>) -> Snapshot {
+        let mut directories: BTreeMap<PathBuf, BTreeSet<OsString>> = BTreeMap::new();
+        directories.insert(PathBuf::new(), BTreeSet::new());
+        for repository in catalog.repositories.values().filter(|r| r.is_valid) {
+            directories.entry(repository.name.clone()).or_default();
+            for path in repository.name.ancestors() {
+                if let (Some(parent), Some(name)) = (path.parent(), path.file_name()) {
+                    directories.entry(parent.to_path_buf()).or_default().insert(name.to_os_string());
+                }
+            }
+        }
+        Snapshot {
+            catalog,
+            trash,
+            directories,
+            mark: OnceLock::new(),
+            listed: OnceLock::new(),
+            uses: OnceLock::new(),
+            candidates: OnceLock::new(),
+            missing: OnceLock::new(),
+            sizes: OnceLock::new(),
+            usage: OnceLock::new(),
+        }
+    }
+
+    /// Names below a directory of `images`; `None` when there is no such directory.
+    pub fn directory(&self, path: &Path) -> Option<&BTreeSet<OsString>> {
+        self.directories.get(path)
+    }
+
+    /// The repository of that name, if a registry could serve it.
+    pub fn repository(&self, name: &Path) -> Option<&Arc<Repository>> {
+        self.catalog.repository(name).filter(|r| r.is_valid)
+    }
+
+    /// The mark without any policy: what a plain `sweep` keeps.
+    pub fn mark(&self) -> &Mark {
+        self.mark.get_or_init(|| mark::mark(&self.catalog, &Untagged::new()))
+    }
+
+    /// Whether `manifests/` shows it: it could be read, and a repository has it or an index that names it.
+    pub fn is_listed(&self, id: DigestId) -> bool {
+        self.listed().contains(id)
+    }
+
+    /// All that `manifests/` shows.
+    pub fn listed_manifests(&self) -> impl Iterator<Item = DigestId> {
+        let listed = self.listed();
+        self.catalog.manifests.keys().copied().filter(|id| listed.contains(*id))
+    }
+
+    fn listed(&self) -> &IdSet {
+        self.listed.get_or_init(|| {
+            let revisions = self.catalog.repositories.values().flat_map(|r| &r.revisions);
+            let mut listed = IdSet::default();
+            let mut waiting: Vec<DigestId> = revisions.flat_map(|r| [r.digest, r.target]).collect();
+            while let Some(id) = waiting.pop() {
+                let Some(parsed) = self.catalog.parsed(id) else { continue };
+                if listed.insert(id) {
+                    waiting.extend(
+                        parsed.children.iter().map(|d| d.digest).chain(parsed.others.iter().copied()),
+                    );
+                }
+            }
+            listed
+        })
+    }
+
+    /// Who names what.
+    pub fn uses(&self) -> &Uses {
+        self.uses.get_or_init(|| {
+            let mut uses = Uses::default();
+            for (id, manifest) in
+                self.catalog.manifests.iter().filter(|(id, _)| self.mark().is_reachable(**id))
+            {
+                let Manifest::Parsed(parsed) = &**manifest else { continue };
+                for named in parsed.references().into_iter().filter(|named| named != id) {
+                    uses.manifests.entry(named).or_default().push(*id);
+                    for target in self.catalog.aliases.get(&named).into_iter().flatten() {
+                        uses.manifests.entry(*target).or_default().push(*id);
+                    }
+                }
+                if let Some(subject) = parsed.subject {
+                    uses.referrers.entry(subject).or_default().push(*id);
+                }
+            }
+            for (name, repository) in &self.catalog.repositories {
+                for revision in &repository.revisions {
+                    uses.revisions.entry(revision.digest).or_default().push(name.clone());
+                }
+                for tag in &repository.tags {
+                    if let Some(target) = tag.target {
+                        uses.tags.entry(target).or_default().push((name.clone(), tag.name));
+                    }
+                }
+                let layers = (repository.keeps == Keeps::Everything).then_some(&repository.layers);
+                for kept in repository.held.iter().chain(layers.into_iter().flatten()) {
+                    uses.keepers.entry(*kept).or_default().push(name.clone());
+                }
+            }
+            uses
+        })
+    }
+
+    /// Unreferenced blobs with their ages, in the order of their numbers.
+    pub fn candidates(&self, store: &dyn Store) -> &[Candidate] {
+        self.candidates.get_or_init(|| match plan::candidates(store, &self.catalog, self.mark()) {
+            Ok(mut candidates) => {
+                candidates.sort_unstable_by_key(|c| c.digest);
+                candidates
+            }
+            // The view shows what it can; a collection meets the same error and says it.
+            Err(e) => {
+                log::warn!("could not look at what is unreferenced: {e}");
+                Vec::new()
+            }
+        })
+    }
+
+    /// The unreferenced blob `id`.
+    pub fn candidate(&self, store: &dyn Store, id: DigestId) -> Option<&Candidate> {
+        if self.mark().is_reachable(id) {
+            return None;
+        }
+        let candidates = self.candidates(store);
+        candidates.binary_search_by_key(&id, |c| c.digest).ok().and_then(|at| candidates.get(at))
+    }
+
+    /// Referenced digests whose bytes are not in the store.
+    ///
+    /// # Cost
+    /// A `stat` for each referenced blob, when first asked.
+    pub fn missing(&self, store: &dyn Store) -> &[DigestId] {
+        self.missing.get_or_init(|| {
+            let uses = self.uses();
+            let named: BTreeSet<DigestId> = uses
+                .manifests
+                .keys()
+                .chain(uses.revisions.keys())
+                .chain(uses.keepers.keys())
+                .copied()
+                .collect();
+            let is_missing = |id: &DigestId| {
+                let stored = self.catalog.stored_as(*id);
+                !self.catalog.has_blob(stored)
+                    || matches!(store.stat(&layout::blob_data(&self.catalog.digest(stored))), Ok(None))
+            };
+            named.into_iter().filter(is_missing).collect()
+        })
+    }
+
+    /// Bytes of a digest as manifests claim them, 0 when none names it.
+    pub fn claimed_size(&self, id: DigestId) -> u64 {
+        let sizes = self.sizes.get_or_init(|| {
+            let mut sizes = HashMap::new();
+            for (id, manifest) in self.catalog.manifests.iter() {
+                let Some(parsed) = manifest.parsed() else { continue };
+                sizes.insert(*id, parsed.size);
+                for descriptor in parsed.descriptors().filter(|d| d.size > 0) {
+                    sizes.entry(descriptor.digest).or_insert(descriptor.size);
+                }
+            }
+            sizes
+        });
+        sizes.get(&id).copied().unwrap_or(0)
+    }
+
+    /// Revisions that `sweep untagged` would take now.
+    pub fn untagged(&self, settings: &Settings) -> Untagged {
+        let policy = Policy { untagged: true, grace: settings.grace, now: SystemTime::now() };
+        mark::untagged(&self.catalog, &|r| policy.is_young(r.stat.modified.max(r.stat.changed)))
+    }
+
+    /// The number of a repository's name.
+    pub fn name_id(&self, name: &Path) -> NameId {
+        self.catalog.tables.names.intern(name.as_os_str())
+    }
+
+    /// The path that a number stands for; `None` for a number from outside.
+    pub fn path(&self, id: NameId) -> Option<PathBuf> {
+        self.catalog.tables.names.checked(id).map(|name| PathBuf::from(&*name))
+    }
+
+    /// The name that a number stands for; `None` for a number from outside.
+    pub fn name(&self, id: NameId) -> Option<Arc<OsStr>> {
+        self.catalog.tables.names.checked(id)
+    }
+}
+
+/// A snapshot with what is needed to answer from it.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    /// The registry at one instant.
+    pub snapshot: &'a Snapshot,
+    /// Where sizes and bytes of blobs come from.
+    pub store: &'a dyn Store,
+    /// What does not change.
+    pub settings: &'a Settings,
+}

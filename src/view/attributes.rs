@@ -1,0 +1,158 @@
+//! What `stat` says of a node.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use super::View;
+use super::node::{Node, Type};
+use crate::catalog::intern::{DigestId, NameId};
+use crate::edit;
+use crate::error::Result;
+use crate::gc::plan::Policy;
+use crate::layout;
+
+/// What `stat` says, apart from the inode number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Attributes {
+    /// What it is.
+    pub node_type: Type,
+    /// Bytes.
+    pub size: u64,
+    /// Blocks of 512 bytes that it takes on the disk: what is made up takes none.
+    pub blocks: u64,
+    /// When it was written; of a tag, when it was pushed; of garbage, from when on a sweep may take it.
+    pub modified: SystemTime,
+    /// Permissions.
+    pub mode: u16,
+    /// Names it has. For a blob: one, and one for each reference to it.
+    pub links: u32,
+}
+
+impl View<'_> {
+    /// What `stat` says; `None` when the node is gone. Sizes of made-up files come from `size_of`.
+    pub fn attributes(&self, node: Node, size_of: &dyn Fn(Node) -> u64) -> Result<Option<Attributes>> {
+        let Some(node_type) = self.type_of(node)? else { return Ok(None) };
+        let plain = Attributes {
+            node_type,
+            size: 0,
+            blocks: 0,
+            modified: self.settings.mounted_at,
+            mode: 0o444,
+            links: 1,
+        };
+        Ok(match node {
+            Node::Blob(id) => self.blob(id, plain)?,
+            Node::Trashed(path) => self.trashed_attributes(path, plain)?,
+            Node::Upload(upload, repository) => self.upload(repository, upload, plain)?,
+            Node::Tag(tag, repository) | Node::TagReference(tag, repository) => {
+                let found = self
+                    .snapshot
+                    .path(repository)
+                    .and_then(|r| self.snapshot.repository(&r))
+                    .and_then(|r| r.tag(tag));
+                let Some(found) = found else { return Ok(None) };
+                let modified = found.stat.map_or(SystemTime::UNIX_EPOCH, |s| s.modified);
+                Some(Attributes { modified, ..self.symlink(node, plain) })
+            }
+            _ if node_type == Type::Symlink => Some(self.symlink(node, plain)),
+            _ if node_type == Type::Directory => self.directory(node, plain)?,
+            Node::ControlGc
+            | Node::ControlTrash
+            | Node::ControlRefresh
+            | Node::ControlStatus
+            | Node::ControlLog => {
+                let mode = if self.settings.read_only { 0o400 } else { 0o600 };
+                Some(Attributes { mode, size: size_of(node), modified: SystemTime::now(), ..plain })
+            }
+            _ => Some(Attributes { size: size_of(node), ..plain }),
+        })
+    }
+
+    fn symlink(&self, node: Node, plain: Attributes) -> Attributes {
+        let size = self.target(node).map_or(0, |t| t.as_os_str().len() as u64);
+        Attributes { size, mode: 0o777, ..plain }
+    }
+
+    fn blob(&self, id: DigestId, plain: Attributes) -> Result<Option<Attributes>> {
+        let Some(digest) = self.snapshot.catalog.tables.digests.checked(id) else { return Ok(None) };
+        let links = self.snapshot.mark().references(id).saturating_add(1);
+        let stat = match self.store.stat(&layout::blob_data(&digest)) {
+            Ok(stat) => stat,
+            // Shown as an empty file, so that a revision whose bytes are hidden can be removed.
+            Err(e) if e.is_damage() => None,
+            Err(e) => return Err(e),
+        };
+        let Some(stat) = stat else {
+            let is_revision = self.snapshot.uses().revisions.contains_key(&id);
+            return Ok(is_revision.then_some(Attributes {
+                modified: SystemTime::UNIX_EPOCH,
+                links,
+                ..plain
+            }));
+        };
+        let policy = Policy { untagged: false, grace: self.settings.grace, now: SystemTime::now() };
+        let eligible = self.snapshot.candidate(self.store, id).map(|c| policy.eligible_at(c.last_used));
+        let modified = eligible.unwrap_or(stat.modified);
+        Ok(Some(Attributes { size: stat.size, blocks: stat.blocks, modified, links, ..plain }))
+    }
+
+    fn trashed_attributes(&self, path: NameId, plain: Attributes) -> Result<Option<Attributes>> {
+        let Some(path) = self.snapshot.path(path) else { return Ok(None) };
+        if plain.node_type == Type::Directory {
+            return Ok(Some(Attributes { mode: 0o555, links: 2, ..plain }));
+        }
+        let stat = self.store.stat(&Path::new(layout::TRASH).join(path))?;
+        Ok(stat.map(|s| Attributes { size: s.size, blocks: s.blocks, modified: s.modified, ..plain }))
+    }
+
+    fn upload(&self, repository: NameId, upload: NameId, plain: Attributes) -> Result<Option<Attributes>> {
+        let (Some(repository), Some(upload)) = (self.snapshot.path(repository), self.snapshot.name(upload))
+        else {
+            return Ok(None);
+        };
+        if self.store.list(&layout::upload_dir(&repository, &upload))?.is_none() {
+            return Ok(None);
+        }
+        let started = edit::upload_started(self.store, &repository, &upload)?;
+        let stat = self.store.stat(&layout::upload_data(&repository, &upload))?;
+        Ok(Some(Attributes {
+            size: stat.map_or(0, |s| s.size),
+            blocks: stat.map_or(0, |s| s.blocks),
+            modified: started.unwrap_or(SystemTime::UNIX_EPOCH),
+            ..plain
+        }))
+    }
+
+    fn directory(&self, node: Node, plain: Attributes) -> Result<Option<Attributes>> {
+        let removable = matches!(
+            node,
+            Node::Images
+                | Node::Namespace(_)
+                | Node::Tags(_)
+                | Node::Revisions(_)
+                | Node::RevisionsOf(..)
+                | Node::Uploads(_)
+        );
+        let mode = match node {
+            Node::Control => 0o700,
+            _ if removable && !self.settings.read_only => 0o755,
+            _ => 0o555,
+        };
+        let repository = match node {
+            Node::Namespace(path) | Node::Tags(path) | Node::Revisions(path) | Node::Uploads(path) => {
+                let Some(path) = self.snapshot.path(path) else { return Ok(None) };
+                if self.snapshot.directory(&path).is_none() {
+                    return Ok(None);
+                }
+                self.snapshot.repository(&path)
+            }
+            _ => None,
+        };
+        let pushes = repository.into_iter().flat_map(|r| {
+            let tags = r.tags.iter().filter_map(|t| t.stat);
+            tags.chain(r.revisions.iter().map(|r| r.stat)).map(|s| s.modified)
+        });
+        let modified = pushes.max().unwrap_or(plain.modified);
+        Ok(Some(Attributes { mode, modified, links: 2, ..plain }))
+    }
+}

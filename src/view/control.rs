@@ -1,0 +1,149 @@
+//! The words written to control files.
+//!
+//! One write is one command: words separated by blanks, options as `key=value`, a trailing `&` to return at once.
+
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::gc::Options;
+use crate::trash::Selection;
+
+/// What `control/gc` understands.
+pub const GC_GRAMMAR: &str =
+    "dry-run | sweep [untagged] [grace=24h] [keep=7d] [now] | stop, with an optional & at the end";
+/// What `control/trash` understands.
+pub const TRASH_GRAMMAR: &str = "undo <transaction> | purge [<transaction>|older=7d]";
+
+/// A command to `control/gc`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GcCommand {
+    /// Run a collection; `true`: return at once.
+    Run(Options, bool),
+    /// End the one that runs.
+    Stop,
+}
+
+/// A command to `control/trash`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TrashCommand {
+    /// Give a transaction back.
+    Undo(String),
+    /// Free what these hold.
+    Purge(Selection),
+}
+
+/// Reads a duration such as `24h`, `7d`, `1h30m`, `0`.
+pub fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
+    match text {
+        "0" => Ok(Duration::ZERO),
+        _ => humantime::parse_duration(text)
+            .map_err(|e| format!("{text:?} is no duration ({e}); write for example 24h, 7d or 0")),
+    }
+}
+
+/// Reads what was written to `control/gc`; options not given are those of `defaults`.
+pub fn parse_gc(text: &str, defaults: &Options) -> Result<GcCommand> {
+    let wrong = |why: String| Error::invalid(format!("{why}; understood is: {GC_GRAMMAR}"));
+    let text = text.trim();
+    let (text, background) = match text.strip_suffix('&') {
+        Some(rest) => (rest, true),
+        None => (text, false),
+    };
+    let mut words = text.split_whitespace();
+    let mut options = defaults.clone();
+    match words.next() {
+        Some("dry-run") => options.dry_run = true,
+        Some("sweep") => {}
+        Some("stop") => {
+            return match words.next() {
+                None => Ok(GcCommand::Stop),
+                Some(word) => Err(wrong(format!("unexpected {word:?} after stop"))),
+            };
+        }
+        Some(other) => return Err(wrong(format!("unknown command {other:?}"))),
+        None => return Err(wrong("empty command".to_string())),
+    }
+    for word in words {
+        match word.split_once('=') {
+            None if word == "untagged" => options.untagged = true,
+            None if word == "now" => options.now = true,
+            Some(("grace", value)) => options.grace = parse_duration(value).map_err(wrong)?,
+            Some(("keep", value)) => options.keep = parse_duration(value).map_err(wrong)?,
+            _ => return Err(wrong(format!("unknown word {word:?}"))),
+        }
+    }
+    Ok(GcCommand::Run(options, background))
+}
+
+/// Reads what was written to `control/trash`.
+pub fn parse_trash(text: &str) -> Result<TrashCommand> {
+    let wrong = |why: String| Error::invalid(format!("{why}; understood is: {TRASH_GRAMMAR}"));
+    let words: Vec<&str> = text.split_whitespace().collect();
+    match words.as_slice() {
+        ["undo", id] => Ok(TrashCommand::Undo(id.to_string())),
+        ["purge"] => Ok(TrashCommand::Purge(Selection::All)),
+        ["purge", word] => match word.split_once('=') {
+            Some(("older", age)) => {
+                let age = parse_duration(age).map_err(wrong)?;
+                Ok(TrashCommand::Purge(Selection::Older(age)))
+            }
+            Some((key, _)) => Err(wrong(format!("unknown word {key:?}"))),
+            None => Ok(TrashCommand::Purge(Selection::One(word.to_string()))),
+        },
+        [] => Err(wrong("empty command".to_string())),
+        [other, ..] => Err(wrong(format!("cannot read {:?}, which begins with {other:?}", words.join(" ")))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gc_commands_are_words_and_options() {
+        let defaults = Options::default();
+        let run = |text: &str| match parse_gc(text, &defaults) {
+            Ok(GcCommand::Run(options, background)) => (options, background),
+            other => panic!("{text}: {other:?}"),
+        };
+        assert_eq!(run("sweep\n"), (defaults.clone(), false));
+        assert_eq!(run(" dry-run "), (Options { dry_run: true, ..defaults.clone() }, false));
+        let all = Options {
+            untagged: true,
+            now: true,
+            grace: Duration::ZERO,
+            keep: Duration::from_secs(3600),
+            dry_run: false,
+        };
+        assert_eq!(run("sweep now untagged grace=0 keep=1h &"), (all.clone(), true));
+        assert_eq!(run("sweep keep=1h grace=0 untagged now&"), (all, true));
+        assert_eq!(parse_gc("stop", &defaults).unwrap(), GcCommand::Stop);
+        for wrong in [
+            "",
+            "&",
+            "sweeep",
+            "sweep grace",
+            "sweep grace=",
+            "sweep grace=x",
+            "sweep later",
+            "stop now",
+            "\0",
+        ] {
+            let error = parse_gc(wrong, &defaults).unwrap_err();
+            assert_eq!(error.errno(), libc::EINVAL);
+            assert!(error.to_string().contains(GC_GRAMMAR), "{wrong:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn trash_commands_name_transactions() {
+        assert_eq!(parse_trash("undo x\n").unwrap(), TrashCommand::Undo("x".into()));
+        assert_eq!(parse_trash("purge").unwrap(), TrashCommand::Purge(Selection::All));
+        assert_eq!(parse_trash("purge x").unwrap(), TrashCommand::Purge(Selection::One("x".into())));
+        let older = Selection::Older(Duration::from_secs(60));
+        assert_eq!(parse_trash("purge older=1m").unwrap(), TrashCommand::Purge(older));
+        for wrong in ["", "undo", "undo a b", "purge a b", "purge younger=1d", "older=7d", "purge older=x"] {
+            assert_eq!(parse_trash(wrong).unwrap_err().errno(), libc::EINVAL, "{wrong:?}");
+        }
+    }
+}
