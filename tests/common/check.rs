@@ -170,6 +170,12 @@ impl Live {
         let mut blobs =
             [list("layers", "digest"), list("blobs", "digest"), list("fsLayers", "blobSum")].concat();
         blobs.extend(manifest["config"]["digest"].as_str().map(String::from));
+        if ["manifests", "layers", "config", "blobs", "fsLayers"]
+            .iter()
+            .all(|field| manifest[field].is_null())
+        {
+            digests_anywhere(&manifest, &mut blobs);
+        }
         for blob in blobs {
             let link =
                 Path::new("repositories").join(repository).join("_layers").join(slashed(&blob)).join("link");
@@ -218,6 +224,16 @@ impl Live {
                 None
             }
         }
+    }
+}
+
+/// All digests in a manifest of a kind nobody knows.
+fn digests_anywhere(value: &Value, found: &mut Vec<String>) {
+    match value {
+        Value::String(text) if text.starts_with("sha256:") => found.push(text.clone()),
+        Value::Array(items) => items.iter().for_each(|item| digests_anywhere(item, found)),
+        Value::Object(fields) => fields.values().for_each(|field| digests_anywhere(field, found)),
+        _ => {}
     }
 }
 

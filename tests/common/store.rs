@@ -34,9 +34,10 @@ impl Store {
         registry_dir(self.root()).join(relative)
     }
 
-    /// A path below a repository.
+    /// A repository, or a path below it.
     pub(crate) fn repository(&self, name: &str, relative: &str) -> PathBuf {
-        self.path("repositories").join(name).join(relative)
+        let path = self.path("repositories").join(name);
+        if relative.is_empty() { path } else { path.join(relative) }
     }
 
     /// `…/_manifests/tags/<tag>/current/link`.
