@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::check::{Live, blobs, hex, sha256};
-use common::gc::gc_outcome;
+use common::gc::{Report, gc_outcome};
 use common::image::{
     DOCKER_SCHEMA_1, Image, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, bytes, descriptor, layer,
 };
@@ -60,8 +60,26 @@ fn healthy() -> Store {
 fn story(damage: impl FnOnce(&Store) -> Vec<String>) {
     let store = healthy();
     let expected = damage(&store);
+    reported(&store, &expected);
     shown(&store, &expected);
     kept(&store);
+}
+
+/// A dry run names every damage: in its report, or where it says why it can't run.
+fn reported(store: &Store, expected: &[String]) {
+    let outcome = gc_outcome(store.root(), &["--dry-run"]).exits_one_of(&[0, 1]);
+    let told = match outcome.code {
+        Some(0) => {
+            let problems = Report::parse(&outcome).problems.into_iter();
+            problems
+                .map(|problem| format!("{}: {}; {}\n", problem.path, problem.what, problem.effect))
+                .collect()
+        }
+        _ => outcome.stderr.clone(),
+    };
+    for part in expected {
+        assert!(told.contains(part), "nobody is told of {part}: {outcome}");
+    }
 }
 
 /// The view shows every damage and still serves what is healthy.
@@ -158,7 +176,7 @@ fn layer_links_that_hold_no_digest() {
 fn a_tag_of_a_manifest_that_is_not_there() {
     story(|store| {
         store.tag(DAMAGED, "gone", &sha256(b"gone"));
-        vec!["team/damaged/_manifests/tags/gone".into(), hex(&sha256(b"gone")).into()]
+        vec!["team/damaged/_manifests/tags/gone/current/link".into()]
     });
 }
 
@@ -394,6 +412,7 @@ fn symlinked(path_of: impl Fn(&Store) -> PathBuf, target: &str, move_it: bool) {
     outside.before = snapshot(outside.dir.path()).into_iter().collect();
     symlink(&target, &path).unwrap();
     let part = path.strip_prefix(store.path(".")).unwrap().to_str().unwrap().to_string();
+    reported(&store, std::slice::from_ref(&part));
     shown(&store, &[part]);
     if have(&["fuse"]) {
         let mount = Mount::of(store.root());

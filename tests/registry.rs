@@ -340,13 +340,25 @@ fn a_push_after_a_sweep_is_whole() {
     registry.push("alpine", Some("3.8"), &alpine());
     assert_eq!(registry.pull("alpine:3.8"), pulled);
     Live::of(&registry.store(), Roots::Revisions).assert_complete();
-    // What stands there again is not overwritten by an undo.
-    for id in transactions(&registry.store()) {
-        if let Err(why) = mount.control("trash", &format!("undo {id}")) {
-            assert!(why.raw_os_error().is_some(), "{why}");
-        }
+}
+
+#[test]
+fn undo_does_not_replace_a_newer_tag() {
+    if !have(NEEDS) {
+        return;
     }
-    assert_eq!(registry.pull("alpine:3.8"), pulled);
+    let registry = Registry::start();
+    let (one, two) = pair();
+    registry.push("app", Some("latest"), &one);
+    let mount = Mount::of(&registry.store());
+    mount.rm("images/app/_tags/latest");
+    registry.push("app", Some("latest"), &two);
+    let [id] = &transactions(&registry.store())[..] else { panic!("one transaction") };
+    let code = errno(mount.control("trash", &format!("undo {id}")));
+    assert!([libc::EEXIST, libc::EIO, libc::EBUSY].contains(&code), "{code}");
+    assert!(mount.read("control/trash").contains("latest"), "it says what stands there");
+    assert_eq!(registry.manifest("app", "latest").is(200).body, two.manifest);
+    assert_eq!(transactions(&registry.store()), std::slice::from_ref(id), "and can be undone later");
 }
 
 #[test]

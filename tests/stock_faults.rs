@@ -162,7 +162,7 @@ fn e_referrers_go_when_their_subject_is_untagged() {
     store.push("signed", None, &image);
     store.push("signed", None, &image.referrer("application/vnd.example.sbom", "sbom"));
     gc(store.root(), &["--grace", "0", "--now"]);
-    assert_eq!(blobs(store.root()).len(), 6, "without --untagged every manifest stays");
+    assert_eq!(blobs(store.root()).len(), 7, "without --untagged every manifest stays");
     gc(store.root(), &["--untagged", "--grace", "0", "--now"]);
     assert_eq!(blobs(store.root()), BTreeSet::new());
 }

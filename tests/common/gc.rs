@@ -80,16 +80,13 @@ pub(crate) fn gc_outcome(store: &Path, arguments: &[&str]) -> Outcome {
     regfs(["gc"]).arg(store).arg("--json").args(arguments).outcome()
 }
 
-/// Ids of all transactions, the newest first.
+/// Ids of all transactions, the newest first; the list has the oldest first.
 #[track_caller]
 pub(crate) fn transactions(store: &Path) -> Vec<String> {
     let outcome = regfs(["trash"]).arg(store).args(["list", "--json"]).outcome().exits(0);
     let list: Vec<Value> = serde_json::from_str(&outcome.stdout)
         .unwrap_or_else(|why| panic!("no JSON array ({why}): {outcome}"));
-    let mut ids: Vec<(String, String)> =
-        list.iter().map(|one| (text(&one["time"]), text(&one["id"]))).collect();
-    ids.sort();
-    ids.into_iter().rev().map(|(_, id)| id).collect()
+    list.iter().rev().map(|entry| text(&entry["id"])).collect()
 }
 
 /// A string as it is, anything else as JSON.
