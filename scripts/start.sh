@@ -49,7 +49,8 @@ fi
 # What is mounted there, if anything. A dead mount answers neither stat nor mkdir, so ask the kernel's table.
 mounted=$(findmnt --noheadings --output FSTYPE --mountpoint "$mountpoint" 2> /dev/null | tail -n 1 || true)
 case $mounted in
-    "") mkdir -p "$mountpoint" || fail "could not make the mountpoint $mountpoint" ;;
+    # Where this fails regfs mount says why, or cleans up what a crash of its own left there.
+    "") mkdir -p "$mountpoint" 2> /dev/null || true ;;
     *regfs*)
         echo "Unmounting the regfs that is on $mountpoint" >&2
         "$regfs" umount "$mountpoint" || fail "could not unmount $mountpoint"
@@ -58,15 +59,15 @@ case $mounted in
 esac
 "$regfs" mount "$store" "$mountpoint" || fail "could not mount $store on $mountpoint, see above"
 
-# tree DEPTH: what is below the mountpoint, without a program that may not be there.
+# tree DIRECTORY DEPTH: what is below it, without a program that may not be there.
 tree() {
-    (cd "$mountpoint" && find . -mindepth 1 -maxdepth "$1" -printf '%P\t%y\t%l\n') | LC_ALL=C sort |
+    (cd "$1" && find . -mindepth 1 -maxdepth "$2" ! -path '*/_manifests/*' -printf '%P\t%y\t%l\n') | LC_ALL=C sort |
         awk -F '\t' '{
             depth = gsub("/", "/", $1); name = $1; sub(".*/", "", name)
             line = sprintf("%*s%s%s", 4 + 4 * depth, "", name, $2 == "d" ? "/" : "")
             if ($2 == "l") { sub(".*/manifests/", "…/manifests/", $3); line = line " -> " $3 }
-            if (NR <= 60) print line
-        } END { if (NR > 60) printf "    … and %d more\n", NR - 60 }'
+            if (NR <= 50) print line
+        } END { if (NR > 50) printf "    … and %d more\n", NR - 50 }'
 }
 
 # The first tag that leads somewhere.
@@ -79,9 +80,11 @@ cat << EOT
 
 $store is mounted on $mountpoint:
 
-$(tree 2)
-    images, further down:
-$(mountpoint=$mountpoint/images tree 3)
+$(tree "$mountpoint" 2)
+
+And in $mountpoint/images:
+
+$(tree "$mountpoint/images" 5)
 
 Five things to try:
 
