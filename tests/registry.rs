@@ -544,9 +544,6 @@ fn two_at_once_wait_or_say_who_holds_the_store() {
 
 #[test]
 fn the_second_is_told_who_holds_the_lock() {
-    if !have(&["fuse"]) {
-        return;
-    }
     // Whoever changes the store locks this file; here it is a stranger.
     let store = common::store::Store::new();
     store.push("app", Some("1"), &alpine());
