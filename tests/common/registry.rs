@@ -1,0 +1,259 @@
+//! Debian's `docker-registry` as a child process, with skopeo as its client.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use super::check::sha256;
+use super::http::{Response, request};
+use super::image::Image;
+use super::run::{Bounded, clean};
+use super::{entries, scratch, snapshot};
+
+/// All the manifest types a client of today accepts.
+const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
+     application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
+
+/// A running registry with a storage of its own; ends when dropped.
+pub(crate) struct Registry {
+    process: Option<Child>,
+    port: u16,
+    cache: bool,
+    dir: TempDir,
+}
+
+impl Registry {
+    /// Starts one without the descriptor cache, so that it sees the storage as it is.
+    pub(crate) fn start() -> Registry {
+        Registry::start_with(false)
+    }
+
+    /// Starts one; `cache`: with `cache.blobdescriptor: inmemory`.
+    pub(crate) fn start_with(cache: bool) -> Registry {
+        let mut registry = Registry { process: None, port: 0, cache, dir: scratch() };
+        // The whole tree is there from the start, as after a first push.
+        fs::create_dir_all(registry.store().join("docker/registry/v2/repositories")).unwrap();
+        fs::create_dir_all(registry.store().join("docker/registry/v2/blobs")).unwrap();
+        registry.restart();
+        registry
+    }
+
+    /// The `rootdirectory`.
+    pub(crate) fn store(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    /// Its config.yml.
+    pub(crate) fn config(&self) -> PathBuf {
+        self.dir.path().join("config.yml")
+    }
+
+    /// A name below its directory that nothing has yet.
+    pub(crate) fn fresh(&self, name: &str) -> PathBuf {
+        (0..)
+            .map(|number| self.dir.path().join(format!("{name}-{number}")))
+            .find(|path| !path.exists())
+            .expect("numbers do not end")
+    }
+
+    /// Stops it; the storage stays.
+    pub(crate) fn stop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+    }
+
+    /// Starts it (again).
+    pub(crate) fn restart(&mut self) {
+        self.stop();
+        // Between finding a free port and listening on it somebody else may take it.
+        for _ in 0..5 {
+            if self.try_start() {
+                return;
+            }
+        }
+        panic!("docker-registry did not start: {}", fs::read_to_string(self.log()).unwrap());
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir.path().join("registry.log")
+    }
+
+    fn try_start(&mut self) -> bool {
+        self.port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let cache = if self.cache { "  cache: {blobdescriptor: inmemory}\n" } else { "" };
+        let config = format!(
+            "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nstorage:\n  \
+             filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n{cache}  \
+             maintenance: {{uploadpurging: {{enabled: false}}}}\nhttp: {{addr: '127.0.0.1:{}'}}\n",
+            self.store().display(),
+            self.port
+        );
+        fs::write(self.config(), config).unwrap();
+        let log = fs::File::create(self.log()).unwrap();
+        // setpriv: it must not outlive us however we end.
+        let mut process = clean("setpriv")
+            .args(["--pdeathsig", "KILL", "docker-registry", "serve"])
+            .arg(self.config())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .expect("run setpriv");
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(60) && process.try_wait().unwrap().is_none() {
+            if request(self.port, "GET", "/v2/", &[], &[]).is_ok_and(|answer| answer.status == 200) {
+                self.process = Some(process);
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        // It ended by itself (the port was taken) or never answered; both calls may find it gone already.
+        let _ = process.kill();
+        let _ = process.wait();
+        false
+    }
+
+    /// One request to `/v2/<path>`.
+    #[track_caller]
+    pub(crate) fn api(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Response {
+        let target = format!("/v2/{path}");
+        request(self.port, method, &target, headers, body)
+            .unwrap_or_else(|why| panic!("{method} {target}: {why}"))
+    }
+
+    /// GET of a manifest by tag or digest.
+    #[track_caller]
+    pub(crate) fn manifest(&self, name: &str, reference: &str) -> Response {
+        self.api("GET", &format!("{name}/manifests/{reference}"), &[("Accept", ACCEPT)], &[])
+    }
+
+    /// GET of a blob.
+    #[track_caller]
+    pub(crate) fn blob(&self, name: &str, digest: &str) -> Response {
+        self.api("GET", &format!("{name}/blobs/{digest}"), &[], &[])
+    }
+
+    /// Uploads one blob.
+    #[track_caller]
+    pub(crate) fn push_blob(&self, name: &str, content: &[u8]) -> String {
+        let digest = sha256(content);
+        let started = self.api("POST", &format!("{name}/blobs/uploads/"), &[], &[]).is(202);
+        let location = started.header("location").expect("a place to upload to");
+        let (_, path) = location.split_once("/v2/").expect("a location of the registry");
+        let octets = [("Content-Type", "application/octet-stream")];
+        self.api("PUT", &format!("{path}&digest={digest}"), &octets, content).is(201);
+        digest
+    }
+
+    /// Pushes an image and all below it over HTTP, under a tag or by digest.
+    #[track_caller]
+    pub(crate) fn push(&self, name: &str, tag: Option<&str>, image: &Image) -> String {
+        for blob in &image.blobs {
+            self.push_blob(name, blob);
+        }
+        for child in &image.children {
+            self.push(name, None, child);
+        }
+        let digest = image.digest();
+        let target = format!("{name}/manifests/{}", tag.unwrap_or(&digest));
+        self.api("PUT", &target, &[("Content-Type", image.media_type)], &image.manifest).is(201);
+        digest
+    }
+
+    /// Pushes an image as people do: `skopeo copy … docker://…/<reference>`.
+    #[track_caller]
+    pub(crate) fn skopeo_push(&self, reference: &str, image: &Image) -> String {
+        let dir = self.fresh("push");
+        image.write_dir(&dir);
+        skopeo_copy()
+            .arg("--dest-tls-verify=false")
+            .arg(format!("dir:{}", dir.display()))
+            .arg(self.url(reference))
+            .outcome()
+            .exits(0);
+        image.digest()
+    }
+
+    /// Pulls with skopeo, which verifies every digest: name → bytes of the files it wrote.
+    #[track_caller]
+    pub(crate) fn pull(&self, reference: &str) -> BTreeMap<PathBuf, Vec<u8>> {
+        let dir = self.fresh("pull");
+        skopeo_copy()
+            .arg("--src-tls-verify=false")
+            .arg(self.url(reference))
+            .arg(format!("dir:{}", dir.display()))
+            .outcome()
+            .exits(0);
+        files(&dir)
+    }
+
+    /// Copies an OCI layout with skopeo, which verifies every digest: name → bytes of the files it wrote.
+    #[track_caller]
+    pub(crate) fn copy_layout(&self, layout: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+        let dir = self.fresh("copy");
+        skopeo_copy()
+            .arg(format!("oci:{}", layout.display()))
+            .arg(format!("dir:{}", dir.display()))
+            .outcome()
+            .exits(0);
+        files(&dir)
+    }
+
+    fn url(&self, reference: &str) -> String {
+        format!("docker://127.0.0.1:{}/{reference}", self.port)
+    }
+
+    /// What its own garbage collector would delete: digests of blobs. Changes nothing.
+    #[track_caller]
+    pub(crate) fn stock_garbage(&self) -> BTreeSet<String> {
+        let outcome = clean("docker-registry")
+            .args(["garbage-collect", "--dry-run"])
+            .arg(self.config())
+            .outcome()
+            .exits(0);
+        let eligible =
+            outcome.stdout.lines().filter_map(|line| line.strip_prefix("blob eligible for deletion: "));
+        let blobs: BTreeSet<String> = eligible.map(|digest| digest.trim().to_string()).collect();
+        let summary = format!("{} blobs and 0 manifests eligible for deletion", blobs.len());
+        assert!(outcome.stdout.contains(&summary), "no {summary:?} in {outcome}");
+        blobs
+    }
+
+    /// The storage below `docker/registry/v2`, but for our own `.regfs`.
+    pub(crate) fn snapshot(&self) -> BTreeMap<PathBuf, String> {
+        let mut all = snapshot(&self.store().join("docker/registry/v2"));
+        all.retain(|path, _| !path.starts_with(".regfs"));
+        all
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            // It may have died by itself; there is nobody to tell while dropping.
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+/// `skopeo copy` of everything, byte for byte.
+fn skopeo_copy() -> Command {
+    let mut command = clean("skopeo");
+    command.args(["--insecure-policy", "copy", "--quiet", "--all", "--preserve-digests"]);
+    command
+}
+
+fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    entries(dir)
+        .into_iter()
+        .map(|path| (path.file_name().unwrap().into(), fs::read(&path).unwrap()))
+        .collect()
+}
