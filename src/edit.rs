@@ -203,7 +203,7 @@ fn take_in_order(
         }
         taken.push(path);
         let moved = transaction.path_of(&layout::tag_link(name, &tag_name));
-        let points_at = match store.read(&moved, 4096) {
+        let points_at = match store.read(&moved, layout::LINK_LIMIT) {
             Ok(content) => content.and_then(|(text, _)| layout::parse_link(&text).ok()),
             // A broken tag is removed like any other.
             Err(e) if e.is_damage() => None,
@@ -249,7 +249,7 @@ fn was_named(catalog: &Catalog, repository: &Repository, removal: &Removal, id: 
 
 /// When an upload began: by its `startedat`, else by the newest time in it.
 pub fn upload_started(store: &dyn Store, repository: &Path, upload: &OsStr) -> Result<Option<SystemTime>> {
-    let started_at = store.read(&layout::upload_started_at(repository, upload), 4096)?;
+    let started_at = store.read(&layout::upload_started_at(repository, upload), layout::LINK_LIMIT)?;
     let text = started_at.and_then(|(text, _)| String::from_utf8(text).ok());
     if let Some(time) = text.and_then(|text| humantime::parse_rfc3339(text.trim()).ok()) {
         return Ok(Some(time));
@@ -307,20 +307,15 @@ pub fn take_repository(
     if below || !fresh.repository(name).is_none_or(|r| is_empty(r)) {
         return Err(Error::NotEmpty { what: name.display().to_string() });
     }
-    let parts = [layout::MANIFESTS, layout::UPLOADS, layout::LAYERS];
-    let parts = parts.map(|part| layout::repository(name).join(part));
-    let mut present = Vec::new();
-    for part in parts {
-        if store.list(&part)?.is_some() {
-            present.push(part);
-        }
+    let mut files = Vec::new();
+    for part in [layout::MANIFESTS, layout::UPLOADS, layout::LAYERS] {
+        store::walk(store, &layout::repository(name).join(part), &mut |path, _| files.push(path))?;
     }
-    if !present.is_empty() {
+    if !files.is_empty() {
         let transaction = begin()?;
-        for part in &present {
-            transaction.take(store, part)?;
+        for file in &files {
+            transaction.take(store, file)?;
         }
-        transaction.discard_if_empty(store)?;
     }
     store.prune(&layout::repository(name))?;
     store.sync()?;

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::catalog::scan::scan;
 use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
-use crate::gc::report::{human, timestamp};
+use crate::gc::report::timestamp;
 use crate::gc::{self, Options, Progress, guard};
 use crate::store::Store;
 use crate::trash::{self, Author};
@@ -68,6 +68,31 @@ struct Reports {
     trash: Option<String>,
     refresh: String,
     last_error: Option<String>,
+}
+
+/// What `control/status` says.
+#[derive(serde::Serialize)]
+struct Status {
+    /// `idle` or `running`: a collection.
+    state: &'static str,
+    /// What it is doing, how much of that is done, and of how much; 0 where that is not known.
+    phase: &'static str,
+    done: usize,
+    total: usize,
+    last_error: Option<String>,
+    pid: u32,
+    version: &'static str,
+    store: String,
+    read_only: bool,
+    repositories: usize,
+    manifests: usize,
+    blobs: usize,
+    problems: usize,
+    transactions: usize,
+    /// When the storage was last found changed, RFC 3339.
+    looked_at: String,
+    /// How long the last look took.
+    look_seconds: f64,
 }
 
 /// The collection that runs.
@@ -277,24 +302,24 @@ impl Engine {
             ),
             false => ("", 0, 0),
         };
-        let status = serde_json::json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "pid": std::process::id(),
-            "store": self.store.full(std::path::Path::new("")),
-            "read_only": self.settings.read_only,
-            "state": if is_running { "running" } else { "idle" },
-            "phase": phase,
-            "done": done,
-            "total": total,
-            "repositories": snapshot.catalog.repositories.len(),
-            "manifests": snapshot.catalog.manifests.len(),
-            "blobs": snapshot.catalog.blobs.len(),
-            "transactions": snapshot.trash.len(),
-            "problems": snapshot.catalog.problems.len(),
-            "looked_at": timestamp(snapshot.catalog.scanned_at),
-            "look_seconds": cost.as_secs_f64(),
-            "last_error": locked(&self.reports).last_error,
-        });
+        let status = Status {
+            state: if is_running { "running" } else { "idle" },
+            phase,
+            done,
+            total,
+            last_error: locked(&self.reports).last_error.clone(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION"),
+            store: self.store.full(std::path::Path::new("")).display().to_string(),
+            read_only: self.settings.read_only,
+            repositories: snapshot.catalog.repositories.len(),
+            manifests: snapshot.catalog.manifests.len(),
+            blobs: snapshot.catalog.blobs.len(),
+            problems: snapshot.catalog.problems.len(),
+            transactions: snapshot.trash.len(),
+            looked_at: timestamp(snapshot.catalog.scanned_at),
+            look_seconds: cost.as_secs_f64(),
+        };
         // Pretty-printing a value made here can't fail.
         serde_json::to_string_pretty(&status).unwrap_or_default() + "\n"
     }
@@ -376,12 +401,7 @@ impl Engine {
             self.publish_anew();
         }
         let report = result?;
-        let what = format!(
-            "{} blobs, {} freed, {} in the trash",
-            report.taken.len(),
-            human(report.freed_bytes),
-            human(report.quarantined_bytes)
-        );
+        let what = report.outcome();
         let action = if options.dry_run { "dry-run" } else { "sweep" };
         self.note(
             author,

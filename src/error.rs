@@ -97,13 +97,6 @@ pub enum Found {
     Other,
 }
 
-impl Found {
-    /// Whether content may lie behind it that regfs does not see.
-    pub fn hides(self) -> bool {
-        matches!(self, Found::Symlink | Found::Directory)
-    }
-}
-
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -41,6 +41,9 @@ pub const TRASH: &str = ".regfs/trash";
 /// The description of a transaction, inside it.
 pub const TRANSACTION_FILE: &str = "txn.json";
 
+/// Longest link in bytes that is worth reading: `sha512:` and 128 digits, and some more to show what is wrong.
+pub const LINK_LIMIT: usize = 4096;
+
 const LINK: &str = "link";
 const DATA: &str = "data";
 const CURRENT: &str = "current";

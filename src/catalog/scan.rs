@@ -30,8 +30,6 @@ use crate::error::{Error, Found, Result};
 use crate::store::{Entry, Kind, Stat, Store};
 use crate::{layout, manifest};
 
-/// Longest link in bytes that is worth reading: `sha512:` and 128 digits, and some to show what is wrong.
-const LINK_LIMIT: usize = 4096;
 /// How often, and how long apart, an empty link is read again.
 const EMPTY_LINK_READS: u32 = 4;
 const EMPTY_LINK_PAUSE: Duration = Duration::from_millis(5);
@@ -103,8 +101,6 @@ struct Scan<'a> {
     problems: Vec<Problem>,
     aliases: Aliases,
     repositories: BTreeMap<PathBuf, Repository>,
-    /// The repository being looked at.
-    current: Option<PathBuf>,
 }
 
 /// What stands in a link file.
@@ -124,7 +120,6 @@ impl<'a> Scan<'a> {
             problems: Vec::new(),
             aliases: HashMap::new(),
             repositories: BTreeMap::new(),
-            current: None,
         }
     }
 
@@ -134,16 +129,7 @@ impl<'a> Scan<'a> {
 
     /// Notes a failed call; damage has the given effect, anything else stops collections.
     fn failed(&mut self, path: &Path, error: &Error, effect: Effect) {
-        let effect = match (&self.current, error) {
-            (_, e) if !e.is_damage() => Effect::StopsSweep,
-            // Where a directory of a repository should be, a symlink hides what it holds; a file has replaced it.
-            (Some(name), Error::Misplaced { found, .. })
-                if effect == Effect::StopsSweep && !found.hides() =>
-            {
-                Effect::KeepsEverything(name.clone())
-            }
-            _ => effect,
-        };
+        let effect = if error.is_damage() { effect } else { Effect::StopsSweep };
         self.note(path, error, effect);
     }
 
@@ -172,7 +158,10 @@ impl<'a> Scan<'a> {
 
     /// Notes that `path` is no directory. A plain file hides nothing; a symlink may hide what `effect` says.
     fn misplaced(&mut self, path: &Path, kind: Kind, effect: Effect) {
-        let effect = if kind == Kind::Symlink { effect } else { Effect::Ignored };
+        self.replaced(path, kind, if kind == Kind::Symlink { effect } else { Effect::Ignored });
+    }
+
+    fn replaced(&mut self, path: &Path, kind: Kind, effect: Effect) {
         let full = self.store.full(path);
         self.note(path, format!("{} is {}", full.display(), Found::from(kind)), effect);
     }
@@ -244,12 +233,17 @@ impl<'a> Scan<'a> {
         let mut repository =
             Repository { name: name.to_path_buf(), is_valid, keeps, ..Repository::default() };
         let everything = Effect::KeepsEverything(name.to_path_buf());
-        self.current = Some(name.to_path_buf());
         let problems_before = self.problems.len();
         let manifests = layout::repository(name).join(layout::MANIFESTS);
-        for part in self.directories(&manifests, Effect::StopsSweep) {
-            if part != layout::REVISIONS && part != layout::TAGS {
-                self.unknown_name(&manifests.join(part), "neither tags nor revisions");
+        for entry in self.list(&manifests, Effect::StopsSweep) {
+            let path = manifests.join(&entry.name);
+            let (is_revisions, is_tags) = (entry.name == layout::REVISIONS, entry.name == layout::TAGS);
+            match entry.kind {
+                Kind::Directory if is_revisions || is_tags => {}
+                // Whatever has taken their place, which manifests there were is unknown.
+                kind if is_revisions => self.replaced(&path, kind, Effect::StopsSweep),
+                kind if is_tags => self.replaced(&path, kind, Effect::KeepsRevisions(name.to_path_buf())),
+                _ => self.unknown_name(&path, "neither tags nor revisions"),
             }
         }
         let before = self.previous.and_then(|p| p.repositories.get(name)).cloned();
@@ -269,7 +263,6 @@ impl<'a> Scan<'a> {
             });
         }
         repository.keeps = raised;
-        self.current = None;
         self.repositories.insert(name.to_path_buf(), repository);
     }
 
@@ -406,7 +399,7 @@ impl<'a> Scan<'a> {
     fn read_link(&mut self, path: &Path, effect: Effect) -> Link {
         let mut reads = 0;
         let (content, stat) = loop {
-            match self.store.read(path, LINK_LIMIT) {
+            match self.store.read(path, layout::LINK_LIMIT) {
                 Ok(Some((content, stat)))
                     if content.is_empty() && reads < EMPTY_LINK_READS && is_recent(&stat) =>
                 {

@@ -167,6 +167,10 @@ impl Engine {
         let found = catalog.repository(repository).cloned();
         let found = found.ok_or_else(|| Error::NotFound { what: repository.display().to_string() })?;
         let result = act(self, &mut changing, &catalog, &found);
+        if result.is_err() {
+            // Whatever is in it, the next try gets one of its own.
+            *changing = None;
+        }
         // Also after a failure: the rescan may have found what has changed meanwhile.
         let (catalog, result) = match result {
             Ok(catalog) => (catalog, Ok(())),
@@ -193,7 +197,12 @@ impl Engine {
                 return Ok(open.transaction.clone());
             }
         }
-        let transaction = Transaction::begin(&*self.store, "rm", author, &format!("removed {path}"))?;
+        let transaction = Transaction::begin(
+            &*self.store,
+            "rm",
+            author,
+            &format!("removed through the mount, first {path}"),
+        )?;
         let open =
             Open { author: author.clone(), transaction: transaction.clone(), last_used: Instant::now() };
         **changing = Some(open);

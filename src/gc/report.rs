@@ -204,6 +204,21 @@ impl Report {
         self.write_summary(f)
     }
 
+    /// What came of it, in a line.
+    pub fn outcome(&self) -> String {
+        let blobs: Vec<&Item> = self.taken.iter().filter(|i| i.kind == ItemKind::Blob).collect();
+        let what = format!("{} ({})", count(blobs.len(), "blob"), human(blobs.iter().map(|i| i.bytes).sum()));
+        match (self.mode, &self.transaction) {
+            (Mode::DryRun, _) if self.taken.is_empty() => "nothing to free".to_string(),
+            (Mode::DryRun, _) => format!("a sweep would take {what}"),
+            (Mode::Sweep, Some(id)) => {
+                format!("took {what} into the trash as {id}; undo or purge brings them back or frees them")
+            }
+            (Mode::Sweep, None) if self.taken.is_empty() => "nothing to take".to_string(),
+            (Mode::Sweep, None) => format!("took and purged {what}"),
+        }
+    }
+
     fn write_summary(&self, f: &mut String) -> std::fmt::Result {
         writeln!(
             f,
@@ -212,21 +227,7 @@ impl Report {
             count(self.manifests, "manifest"),
             count(self.blobs, "blob"),
         )?;
-        let blobs: Vec<&Item> = self.taken.iter().filter(|i| i.kind == ItemKind::Blob).collect();
-        let bytes = blobs.iter().map(|i| i.bytes).sum();
-        let what = format!("{} ({})", count(blobs.len(), "blob"), human(bytes));
-        match (self.mode, &self.transaction) {
-            (Mode::DryRun, _) if self.taken.is_empty() => writeln!(f, "nothing to free")?,
-            (Mode::DryRun, _) => writeln!(f, "a sweep would take {what}")?,
-            (Mode::Sweep, Some(id)) => {
-                writeln!(
-                    f,
-                    "took {what} into the trash as {id}; undo or purge brings them back or frees them"
-                )?;
-            }
-            (Mode::Sweep, None) if self.taken.is_empty() => writeln!(f, "nothing to take")?,
-            (Mode::Sweep, None) => writeln!(f, "took and purged {what}")?,
-        }
+        writeln!(f, "{}", self.outcome())?;
         if self.mode == Mode::Sweep && self.freed_bytes > 0 {
             writeln!(f, "freed {} in all", human(self.freed_bytes))?;
         }

@@ -37,7 +37,7 @@ impl Undone {
             );
         }
         for path in &self.present {
-            text += &format!("present {}\n", path.display());
+            text += &format!("present {}: it is there again, and is not replaced\n", path.display());
         }
         for path in &self.restored {
             text += &format!("restored {}\n", path.display());
@@ -90,19 +90,22 @@ pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
     Ok(undone)
 }
 
-/// Removes the copies of content that is in the store again under the same digest.
+/// Removes the copies of links that say the same in the store again. Bytes are left for a purge: whether two blobs
+/// are the same, only their hashes would tell.
 fn drop_what_is_back(store: &dyn Store, own: &Contents, present: &[PathBuf]) -> Result<()> {
     let mut copies = Vec::new();
     for path in present {
-        let same_size = |a: Option<crate::store::Stat>, b: Option<crate::store::Stat>| {
-            a.zip(b).is_some_and(|(a, b)| a.size == b.size)
-        };
         let copy = own.path_of(path);
-        if layout::classify(path) != Kind::Other && same_size(store.stat(path)?, store.stat(&copy)?) {
+        let is_link = matches!(layout::classify(path), Kind::LayerLink(..) | Kind::Revision(..));
+        if is_link && content(store, path)? == content(store, &copy)? {
             copies.push(copy);
         }
     }
     store.remove(&copies).into_iter().next().map_or(Ok(()), Err)
+}
+
+fn content(store: &dyn Store, path: &Path) -> Result<Option<Vec<u8>>> {
+    Ok(store.read(path, layout::LINK_LIMIT)?.map(|(content, _)| content))
 }
 
 /// Paths in the store of all that the revisions in `own` name: blobs, and the layer links of their repositories.
@@ -199,7 +202,7 @@ fn stored_as(
         return Ok(None);
     }
     let Some(link) = find_file(store, all, &layout::layer_link(repository, digest))? else { return Ok(None) };
-    let content = store.read(&link, 4096)?;
+    let content = store.read(&link, layout::LINK_LIMIT)?;
     Ok(content.and_then(|(text, _)| layout::parse_link(&text).ok()))
 }
 
