@@ -20,7 +20,7 @@ use std::time::{Duration, SystemTime};
 use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Catalog, Keeps, Manifest, Repository};
 use crate::gc::mark::{self, Mark, Untagged};
-use crate::gc::plan::{self, Candidate, Policy};
+use crate::gc::plan::{self, Candidate};
 use crate::layout;
 use crate::store::Store;
 
@@ -182,7 +182,7 @@ impl Snapshot {
     /// Unreferenced blobs with their ages, in the order of their numbers.
     pub fn candidates(&self, store: &dyn Store) -> &[Candidate] {
         self.candidates.get_or_init(|| match plan::candidates(store, &self.catalog, self.mark()) {
-            Ok(mut candidates) => {
+            Ok((mut candidates, _)) => {
                 candidates.sort_unstable_by_key(|c| c.digest);
                 candidates
             }
@@ -242,10 +242,9 @@ impl Snapshot {
         sizes.get(&id).copied().unwrap_or(0)
     }
 
-    /// Revisions that `sweep untagged` would take now.
-    pub fn untagged(&self, settings: &Settings) -> Untagged {
-        let policy = Policy { untagged: true, grace: settings.grace, now: SystemTime::now() };
-        mark::untagged(&self.catalog, &|r| policy.is_young(r.stat.modified.max(r.stat.changed)))
+    /// Revisions that no tag leads to: what `sweep untagged` adds, once they are older than the grace period.
+    pub fn untagged(&self) -> Untagged {
+        mark::untagged(&self.catalog, &|_| false)
     }
 
     /// The number of a repository's name.

@@ -787,7 +787,8 @@ fn the_view_says_who_holds_what() {
     let keepers =
         mount.list(&format!("reachability/reachable/sha256/{}/{}", &hex(&shared)[..2], hex(&shared)));
     assert_eq!(keepers.len(), 2, "{keepers:?}");
-    let untagged = mount.list("reachability/untagged");
+    assert_eq!(mount.list("reachability/untagged"), ["team"]);
+    let untagged = mount.list("reachability/untagged/team");
     assert_eq!(untagged.len(), 1, "{untagged:?}");
     assert!(untagged[0].contains(&two.hex()), "{untagged:?}");
 

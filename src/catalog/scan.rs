@@ -6,8 +6,9 @@
 //! 2. Nothing is skipped in silence. A failing call stops collections ([`Effect::StopsSweep`]); damage keeps what
 //!    it might hold; what merely lies around is noted.
 //! 3. A symlink where the registry would look for content hides what it holds, so it stops collections too.
-//! 4. An empty link is read again before it is called broken: registries before 3.1 rewrite links in place.
-//! 5. A link counts as unchanged by size, times and inode, and only if it had been at rest when last read: two
+//! 4. Layer links under sha256 are not read: their path says all there is to know, and there are too many of them.
+//! 5. An empty link is read again before it is called broken: registries before 3.1 rewrite links in place.
+//! 6. A link counts as unchanged by size, times and inode, and only if it had been at rest when last read: two
 //!    writes within one tick of the clock can't be told apart.
 //!
 //! # Cost
@@ -144,13 +145,26 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// The directories among the entries of `path`; anything else is noted with `effect`.
+    /// The directories among the entries of `path`; symlinks there have the given effect, files none.
     fn directories(&mut self, path: &Path, effect: Effect) -> Vec<OsString> {
+        self.directories_named(path, effect, &|_| false)
+    }
+
+    /// The same where something named so that `belongs` says yes must be a directory: a file has replaced it then,
+    /// and what it held is as unknown as behind a symlink.
+    fn directories_named(
+        &mut self,
+        path: &Path,
+        effect: Effect,
+        belongs: &dyn Fn(&OsStr) -> bool,
+    ) -> Vec<OsString> {
         let mut names = Vec::new();
         for entry in self.list(path, effect.clone()) {
+            let below = path.join(&entry.name);
             match entry.kind {
                 Kind::Directory => names.push(entry.name),
-                kind => self.misplaced(&path.join(&entry.name), kind, effect.clone()),
+                kind if belongs(&entry.name) => self.replaced(&below, kind, effect.clone()),
+                kind => self.misplaced(&below, kind, effect.clone()),
             }
         }
         names
@@ -271,14 +285,20 @@ impl<'a> Scan<'a> {
         let root = layout::revisions(&repository.name);
         let known: HashMap<DigestId, &Revision> =
             before.into_iter().flat_map(|r| &r.revisions).map(|r| (r.digest, r)).collect();
-        for algorithm in self.directories(&root, Effect::StopsSweep) {
+        for algorithm in self.directories_named(&root, Effect::StopsSweep, &is_algorithm) {
             let path = root.join(&algorithm);
-            for hex in self.directories(&path, everything.clone()) {
+            for Entry { name: hex, kind } in self.list(&path, everything.clone()) {
                 let Some(digest) = parts(&algorithm, &hex) else {
                     self.note_unknown_digest(&path.join(&hex), everything.clone());
                     continue;
                 };
                 let id = self.tables.digests.intern(&digest);
+                if kind != Kind::Directory {
+                    // Its name still tells which manifest it was.
+                    self.replaced(&path.join(&hex), kind, everything.clone());
+                    repository.held.push(id);
+                    continue;
+                }
                 let link = layout::revision_link(&repository.name, &digest);
                 let unchanged = known.get(&id).filter(|r| r.is_readable && self.is_unchanged(&link, &r.stat));
                 if let Some(revision) = unchanged {
@@ -305,7 +325,7 @@ impl<'a> Scan<'a> {
         let root = layout::tags(&repository.name);
         let known: HashMap<NameId, &Tag> =
             before.into_iter().flat_map(|r| &r.tags).map(|t| (t.name, t)).collect();
-        for name in self.directories(&root, revisions.clone()) {
+        for name in self.directories_named(&root, revisions.clone(), &layout::is_tag) {
             let link = layout::tag_link(&repository.name, &name);
             let id = self.tables.names.intern(&name);
             let unchanged = known
@@ -348,11 +368,11 @@ impl<'a> Scan<'a> {
     fn layers(&mut self, repository: &mut Repository) {
         let everything = Effect::KeepsEverything(repository.name.clone());
         let root = layout::layers(&repository.name);
-        for algorithm in self.directories(&root, Effect::StopsSweep) {
+        for algorithm in self.directories_named(&root, Effect::StopsSweep, &is_algorithm) {
             let path = root.join(&algorithm);
             for hex in self.directories(&path, everything.clone()) {
                 let digest = parts(&algorithm, &hex);
-                if digest.is_none() && Algorithm::from_name(algorithm.to_str().unwrap_or("")).is_some() {
+                if digest.is_none() && is_algorithm(&algorithm) {
                     self.note_unknown_digest(&path.join(&hex), Effect::Ignored);
                     continue;
                 }
@@ -602,6 +622,10 @@ const NO_STAT: Stat = Stat {
     changed: SystemTime::UNIX_EPOCH,
     inode: u64::MAX,
 };
+
+fn is_algorithm(name: &OsStr) -> bool {
+    name.to_str().and_then(Algorithm::from_name).is_some()
+}
 
 fn parts(algorithm: &OsStr, hex: &OsStr) -> Option<Digest> {
     Digest::from_parts(algorithm.to_str()?, hex.to_str()?)

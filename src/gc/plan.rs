@@ -9,12 +9,12 @@
 //! 3. The age of a revision is that of its link, which every push of the manifest renews.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use super::mark::{self, Mark, Untagged};
-use crate::catalog::Catalog;
 use crate::catalog::intern::{DigestId, IdSet};
+use crate::catalog::{Catalog, Effect, Problem};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::layout;
@@ -101,6 +101,8 @@ pub struct Plan {
     pub items: Vec<Item>,
     /// What is garbage but too young.
     pub young: Vec<Young>,
+    /// What looks like garbage and is left, because its age could not be told.
+    pub problems: Vec<Problem>,
 }
 
 impl Plan {
@@ -111,8 +113,8 @@ impl Plan {
             false => Untagged::new(),
         };
         let mark = mark::mark(catalog, &untagged);
-        let candidates = candidates(store, catalog, &mark)?;
-        Ok(decide(catalog, &untagged, &candidates, policy))
+        let (candidates, problems) = candidates(store, catalog, &mark)?;
+        Ok(Plan { problems, ..decide(catalog, &untagged, &candidates, policy) })
     }
 
     /// What is left of this plan when a second look decided `other`.
@@ -128,11 +130,15 @@ impl Plan {
     }
 }
 
-/// Unreferenced blobs, with what tells their age.
+/// Unreferenced blobs, with what tells their age; those of which that is damaged are left out, and noted.
 ///
 /// # Cost
 /// A `stat` for each of them and for each layer link to them; nothing for blobs that are referenced.
-pub fn candidates(store: &dyn Store, catalog: &Catalog, mark: &Mark) -> Result<Vec<Candidate>> {
+pub fn candidates(
+    store: &dyn Store,
+    catalog: &Catalog,
+    mark: &Mark,
+) -> Result<(Vec<Candidate>, Vec<Problem>)> {
     let mut links: HashMap<DigestId, Vec<PathBuf>> = HashMap::new();
     for repository in catalog.repositories.values() {
         for layer in repository.layers.iter().filter(|id| !mark.is_reachable(**id)) {
@@ -143,26 +149,38 @@ pub fn candidates(store: &dyn Store, catalog: &Catalog, mark: &Mark) -> Result<V
             }
         }
     }
-    let mut found = Vec::new();
+    let (mut found, mut problems) = (Vec::new(), Vec::new());
     for digest in catalog.blobs.iter().copied().filter(|id| !mark.is_reachable(*id)) {
-        let stat = match store.stat(&layout::blob_data(&catalog.digest(digest))) {
-            Ok(Some(stat)) => stat,
-            // A directory whose bytes were taken out earlier, or one of which nobody knows what it is.
-            Ok(None) => continue,
-            Err(e) if e.is_damage() => continue,
-            Err(e) => return Err(e),
-        };
-        let mut candidate =
-            Candidate { digest, stat, last_used: stat.modified.max(stat.changed), links: Vec::new() };
-        for link in links.remove(&digest).unwrap_or_default() {
-            if let Some(stat) = store.stat(&link)? {
-                candidate.last_used = candidate.last_used.max(stat.modified).max(stat.changed);
-                candidate.links.push(link);
+        let path = layout::blob_data(&catalog.digest(digest));
+        match candidate(store, digest, &path, links.remove(&digest).unwrap_or_default()) {
+            Ok(candidate) => found.extend(candidate),
+            Err(e) if e.is_damage() => {
+                let what = format!("{e}, so the age of {} is unknown", catalog.digest(digest));
+                problems.push(Problem { path, what, effect: Effect::Ignored });
             }
+            Err(e) => return Err(e),
         }
-        found.push(candidate);
     }
-    Ok(found)
+    Ok((found, problems))
+}
+
+/// Looks at one unreferenced blob; `None` when its bytes are not there: what a sweep took leaves its directory.
+fn candidate(
+    store: &dyn Store,
+    digest: DigestId,
+    path: &Path,
+    links: Vec<PathBuf>,
+) -> Result<Option<Candidate>> {
+    let Some(stat) = store.stat(path)? else { return Ok(None) };
+    let mut candidate =
+        Candidate { digest, stat, last_used: stat.modified.max(stat.changed), links: Vec::new() };
+    for link in links {
+        if let Some(stat) = store.stat(&link)? {
+            candidate.last_used = candidate.last_used.max(stat.modified).max(stat.changed);
+            candidate.links.push(link);
+        }
+    }
+    Ok(Some(candidate))
 }
 
 /// Decides. Pure.

@@ -126,7 +126,7 @@ impl Report {
         self.kept_young = young
             .map(|y| KeptYoung { digest: y.digest, bytes: y.bytes, eligible_at: timestamp(y.eligible_at) })
             .collect();
-        let problems = catalog.problems.iter();
+        let problems = catalog.problems.iter().chain(&plan.problems);
         self.problems = problems
             .map(|p| ReportedProblem {
                 path: p.path.display().to_string(),

@@ -88,7 +88,7 @@ impl View<'_> {
         let kept_bytes = kept.iter().map(|id| snapshot.claimed_size(*id)).sum();
         let tags: usize = catalog.repositories.values().map(|r| r.tags.len()).sum();
         let revisions: usize = catalog.repositories.values().map(|r| r.revisions.len()).sum();
-        let untagged: usize = snapshot.untagged(self.settings).values().map(Vec::len).sum();
+        let untagged: usize = snapshot.untagged().values().map(Vec::len).sum();
         let grace = humantime::format_duration(self.settings.grace);
         let mut text = String::new();
         let lines = [

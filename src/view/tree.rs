@@ -265,8 +265,10 @@ impl View<'_> {
         ordered.into_iter().chain(plain).map(|id| entry(self.hex(id), Node::Blob(id))).collect()
     }
 
+    /// A directory for each algorithm among `ids`; the one that nearly all are under is always there.
     fn algorithms_of(&self, ids: &[DigestId], node: fn(Algorithm) -> Node) -> Entries {
-        let digests = ids.iter().map(|id| self.snapshot.catalog.digest(*id));
+        let usual = std::iter::once(Digest::of(Algorithm::Sha256, b""));
+        let digests = usual.chain(ids.iter().map(|id| self.snapshot.catalog.digest(*id)));
         algorithms(digests).map(|a| entry(a.name(), node(a))).collect()
     }
 
@@ -495,7 +497,7 @@ impl View<'_> {
 
     fn untagged(&self, path: &Path) -> Entries {
         let mut entries = Entries::new();
-        for (name, digests) in self.snapshot.untagged(self.settings) {
+        for (name, digests) in self.snapshot.untagged() {
             let Ok(rest) = name.strip_prefix(path) else { continue };
             let mut components = rest.components();
             let Some(first) = components.next() else { continue };
