@@ -225,12 +225,12 @@ impl Engine {
             Ok(restored) => {
                 let author = Author::current("regfs mount");
                 for path in restored {
-                    self.note(&author, "give back", &path.display().to_string(), "a manifest names it");
+                    self.note(&author, "give back", &path.display().to_string(), "it is in use again");
                 }
                 scan(&*self.store, &self.tables, Some(&catalog))
             }
             Err(e) => {
-                self.failed(&format!("could not give back what a manifest names: {e}"));
+                self.failed(&format!("could not give back what is in use again: {e}"));
                 catalog
             }
         }

@@ -5,7 +5,8 @@
 //! # Rules kept here
 //! 1. Unknown means reachable; a failing call ends the run before the first change ([`crate::catalog`]).
 //! 2. Every decision is in the [`plan::Plan`], a value; a dry run prints it, a sweep executes the same.
-//! 3. Before anything is taken the store is looked at again, and what is no longer garbage is left.
+//! 3. Before anything is taken the store is looked at again, and what is no longer garbage is left; after it once
+//!    more, and what a push relies on by then is given back before anything is purged.
 //! 4. Taking is moving to the trash, in the order revision → layer link → blob with a sync between the steps,
 //!    so that the registry is valid at every instant. Only a purge removes bytes.
 //! 5. What a manifest names again is given back before anything else ([`guard`]).
@@ -16,11 +17,10 @@ pub mod plan;
 pub mod report;
 pub mod sweep;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
+use crate::catalog::Tables;
 use crate::catalog::scan::scan_strictly;
-use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::trash::purge::Purged;
@@ -66,14 +66,13 @@ pub trait Progress: Sync {
 }
 
 /// Nobody watches.
-#[derive(Default)]
-pub struct Unwatched(AtomicBool);
+pub struct Unwatched;
 
 impl Progress for Unwatched {
     fn phase(&self, _name: &'static str, _total: usize) {}
     fn step(&self) {}
     fn is_stopped(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        false
     }
 }
 
@@ -92,29 +91,38 @@ pub fn run(
     author: &Author,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    let now = SystemTime::now();
+    let policy = Policy { untagged: options.untagged, grace: options.grace, now: SystemTime::now() };
     if options.dry_run {
-        let (catalog, plan) = look(store, tables, None, options, now, progress)?;
+        progress.phase("mark", 0);
+        let catalog = scan_strictly(store, tables, None)?;
+        let plan = Plan::new(store, &catalog, &policy)?;
         return Ok(Report::new(Mode::DryRun, options, &catalog, &plan));
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
-    progress.phase("give back", 0);
-    let catalog = scan_strictly(store, tables, None)?;
-    let restored = guard::give_back(store, &catalog)?;
-    let (catalog, plan) = look(store, tables, None, options, now, progress)?;
-    let mut report = Report::new(Mode::Sweep, options, &catalog, &plan);
-    report.restored = restored.iter().map(|path| path.display().to_string()).collect();
+    progress.phase("mark", 0);
+    let first = scan_strictly(store, tables, None)?;
+    let mut restored = guard::give_back(store, &first)?;
+    let catalog = if restored.is_empty() { first } else { scan_strictly(store, tables, Some(&first))? };
+    let plan = Plan::new(store, &catalog, &policy)?;
 
     progress.phase("re-check", 0);
-    let (again, confirmed) = look(store, tables, Some(&catalog), options, now, progress)?;
-    let plan = plan.confirmed_by(&confirmed);
-    report.set_plan(&again, &plan);
-    let taken = sweep::take(store, &plan, options, author, progress);
-    report.set_taken(&plan, taken)?;
+    let catalog = scan_strictly(store, tables, Some(&catalog))?;
+    let plan = plan.confirmed_by(Plan::new(store, &catalog, &policy)?);
+    let mut report = Report::new(Mode::Sweep, options, &catalog, &plan);
+    if progress.is_stopped() {
+        return Err(Error::Busy { why: "stopped before the first change".to_string() });
+    }
+    let taken = sweep::take(store, &plan, options, author, progress)?;
+    report.set_taken(&plan, taken);
 
+    // Whoever pushed meanwhile gets back what the push relies on, before anything is purged.
+    progress.phase("look back", 0);
+    let catalog = scan_strictly(store, tables, Some(&catalog))?;
+    restored.extend(guard::give_back(store, &catalog)?);
+    report.restored = restored.iter().map(|path| path.display().to_string()).collect();
     if !progress.is_stopped() {
         progress.phase("purge", 0);
-        purge(store, options, now, &mut report)?;
+        purge(store, options, policy.now, &mut report)?;
     }
     Ok(report)
 }
@@ -136,26 +144,6 @@ pub fn purge_trash(
     let catalog = scan_strictly(store, tables, None)?;
     guard::give_back(store, &catalog)?;
     trash::purge::purge(store, &selection.of(store, SystemTime::now())?)
-}
-
-/// List, mark and plan.
-fn look(
-    store: &dyn Store,
-    tables: &Tables,
-    previous: Option<&Catalog>,
-    options: &Options,
-    now: SystemTime,
-    progress: &dyn Progress,
-) -> Result<(Catalog, Plan)> {
-    progress.phase("mark", 0);
-    let catalog = scan_strictly(store, tables, previous)?;
-    let policy = Policy { untagged: options.untagged, grace: options.grace, now };
-    progress.phase("plan", 0);
-    let plan = Plan::new(store, &catalog, &policy)?;
-    match progress.is_stopped() {
-        true => Err(Error::Busy { why: "stopped before the first change".to_string() }),
-        false => Ok((catalog, plan)),
-    }
 }
 
 /// Purges what the trash has kept long enough and, with `now`, what was just taken.

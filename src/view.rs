@@ -54,6 +54,7 @@ pub struct Snapshot {
     uses: OnceLock<Uses>,
     candidates: OnceLock<Vec<Candidate>>,
     missing: OnceLock<Vec<DigestId>>,
+    untagged: OnceLock<Untagged>,
     sizes: OnceLock<HashMap<DigestId, u64>>,
     usage: OnceLock<Arc<[u8]>>,
 }
@@ -95,6 +96,7 @@ impl Snapshot {
             uses: OnceLock::new(),
             candidates: OnceLock::new(),
             missing: OnceLock::new(),
+            untagged: OnceLock::new(),
             sizes: OnceLock::new(),
             usage: OnceLock::new(),
         }
@@ -243,8 +245,8 @@ impl Snapshot {
     }
 
     /// Revisions that no tag leads to: what `sweep untagged` adds, once they are older than the grace period.
-    pub fn untagged(&self) -> Untagged {
-        mark::untagged(&self.catalog, &|_| false)
+    pub fn untagged(&self) -> &Untagged {
+        self.untagged.get_or_init(|| mark::untagged(&self.catalog, &|_| false))
     }
 
     /// The number of a repository's name.

@@ -147,6 +147,14 @@ impl IdSet {
     }
 }
 
+impl<'a> Extend<&'a DigestId> for IdSet {
+    fn extend<I: IntoIterator<Item = &'a DigestId>>(&mut self, ids: I) {
+        for id in ids {
+            self.insert(*id);
+        }
+    }
+}
+
 impl FromIterator<DigestId> for IdSet {
     fn from_iter<I: IntoIterator<Item = DigestId>>(ids: I) -> IdSet {
         let mut set = IdSet::default();

@@ -50,7 +50,7 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
         now: args.now,
     };
     let author = Author::current(&typed(typed_args));
-    let report = gc::run(&store, &Tables::default(), &options, &author, &Unwatched::default())?;
+    let report = gc::run(&store, &Tables::default(), &options, &author, &Unwatched)?;
     match args.json {
         true => {
             let json = serde_json::to_string_pretty(&report);

@@ -324,7 +324,8 @@ impl Filesystem for RegistryFilesystem {
             return reply.error(Errno::EINVAL);
         };
         let text = String::from_utf8_lossy(data).into_owned();
-        let author = author(request, text.trim());
+        // The command line of a shell says nothing; what it wrote does.
+        let author = Author { uid: request.uid(), pid: request.pid(), command: text.trim().to_string() };
         waiting::command(self.engine.clone(), node, text, author, data.len() as u32, reply);
     }
 

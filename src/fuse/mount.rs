@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 use fuser::{Config, MountOption, Session, SessionACL};
 use rustix::mount::{MountFlags, UnmountFlags};
+use signal_hook::consts::TERM_SIGNALS;
+use signal_hook::iterator::Signals;
 
 use super::filesystem::RegistryFilesystem;
 use crate::engine::Engine;
@@ -43,6 +45,7 @@ pub struct MountOptions {
 /// A mount that is being served.
 pub struct Mounted {
     session: JoinHandle<std::io::Result<()>>,
+    signals: Signals,
     mountpoint: PathBuf,
 }
 
@@ -51,6 +54,8 @@ pub fn mount(engine: Arc<Engine>, options: &MountOptions) -> Result<Mounted> {
     let mountpoint = &options.mountpoint;
     clear_mountpoint(mountpoint)?;
     let filesystem = RegistryFilesystem::new(engine);
+    // Before the mount: whoever is told to end from now on must not leave a dead one.
+    let signals = Signals::new(TERM_SIGNALS).map_err(|e| Error::io("wait for signals for", mountpoint, e))?;
     let session = match rustix::process::geteuid().is_root() {
         true => mount_directly(filesystem, options)?,
         false => mount_through_helper(filesystem, options)?,
@@ -59,15 +64,14 @@ pub fn mount(engine: Arc<Engine>, options: &MountOptions) -> Result<Mounted> {
     let session = std::thread::Builder::new().name("session".into()).spawn(serve);
     let session = session.map_err(|e| Error::io("serve", mountpoint, e))?;
     std::fs::metadata(mountpoint).map_err(|e| Error::io("look at the mount", mountpoint, e))?;
-    Ok(Mounted { session, mountpoint: mountpoint.clone() })
+    Ok(Mounted { session, signals, mountpoint: mountpoint.clone() })
 }
 
 impl Mounted {
     /// Unmounts when the process is told to end, and returns when the last user is gone.
     pub fn serve(self, engine: &Engine) -> Result<()> {
         let mountpoint = self.mountpoint.clone();
-        let signals = signal_hook::iterator::Signals::new(signal_hook::consts::TERM_SIGNALS);
-        let mut signals = signals.map_err(|e| Error::io("wait for signals for", &mountpoint, e))?;
+        let mut signals = self.signals;
         let handle = signals.handle();
         let watch = std::thread::Builder::new().name("signals".into()).spawn(move || {
             for signal in signals.forever() {
@@ -90,11 +94,16 @@ impl Mounted {
     }
 }
 
+/// Whether a mount answered so because its daemon is gone, or just going.
+fn is_dead(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
+}
+
 /// Makes sure that we can mount there: takes away the dead mount of a regfs that was killed.
 fn clear_mountpoint(mountpoint: &Path) -> Result<()> {
     let is_ours = is_mounted(mountpoint)?;
     match std::fs::metadata(mountpoint) {
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) && is_ours => {
+        Err(e) if is_dead(&e) && is_ours => {
             log::info!("{} is the dead mount of a regfs that was killed; replacing it", mountpoint.display());
             unmount_lazily(mountpoint)
         }
@@ -279,7 +288,7 @@ pub fn absolute(mountpoint: &Path) -> Result<PathBuf> {
     let error = |e| Error::io("find the mountpoint", mountpoint, e);
     match mountpoint.canonicalize() {
         Ok(path) => Ok(path),
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
+        Err(e) if is_dead(&e) => {
             let path = std::path::absolute(mountpoint).map_err(error)?;
             let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
                 return Ok(path);

@@ -1,8 +1,9 @@
 //! Guard: gives back what a manifest names again.
 //!
 //! A push can adopt a blob after the mark and before the sweep. As long as a transaction exists, whatever in it
-//! is named by a manifest of the store moves back: blobs, layer links that this repository needs, revisions that
-//! an index of the repository names.
+//! is in use again moves back: blobs that a manifest names or that a layer link was written for (taking a blob
+//! takes all links to it, so this one is newer), layer links that a manifest of their repository needs, revisions
+//! that an index of their repository names.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -24,13 +25,16 @@ pub fn give_back(store: &dyn Store, catalog: &Catalog) -> Result<Vec<PathBuf>> {
         return Ok(restored);
     }
     let mark = mark::mark(catalog, &Untagged::new());
+    let linked = linked(store, catalog, &transactions)?;
     let id_of = |digest: &Digest| catalog.tables.digests.find(digest);
     let mut needs: HashMap<PathBuf, IdSet> = HashMap::new();
     for transaction in &transactions {
         let mut wanted: Vec<(u8, &Path)> = Vec::new();
         for path in transaction.units() {
             let is_wanted = match layout::classify(path) {
-                Kind::Blob(digest) => id_of(&digest).is_some_and(|id| mark.is_reachable(id)),
+                Kind::Blob(digest) => {
+                    id_of(&digest).is_some_and(|id| mark.is_reachable(id) || linked.contains(id))
+                }
                 Kind::LayerLink(name, digest) | Kind::Revision(name, digest) => {
                     id_of(&digest).is_some_and(|id| needs_of(catalog, &mut needs, name).contains(id))
                 }
@@ -49,6 +53,35 @@ pub fn give_back(store: &dyn Store, catalog: &Catalog) -> Result<Vec<PathBuf>> {
     Ok(restored)
 }
 
+/// Blobs in the trash that a layer link in the store leads to.
+///
+/// # Cost
+/// A `stat` for each layer link directory of a blob in the trash; registries and sweeps leave them there, empty.
+fn linked(store: &dyn Store, catalog: &Catalog, transactions: &[Contents]) -> Result<IdSet> {
+    let taken = transactions.iter().flat_map(|t| &t.files).filter_map(|path| match layout::classify(path) {
+        Kind::Blob(digest) => catalog.tables.digests.find(&digest),
+        _ => None,
+    });
+    let taken: IdSet = taken.collect();
+    let mut linked = IdSet::default();
+    for repository in catalog.repositories.values() {
+        for layer in &repository.layers {
+            let targets = catalog.aliases.get(layer).map_or(std::slice::from_ref(layer), Vec::as_slice);
+            if !targets.iter().any(|id| taken.contains(*id)) {
+                continue;
+            }
+            match store.stat(&layout::layer_link(&repository.name, &catalog.digest(*layer))) {
+                Ok(None) => {}
+                // Whatever stands there, a blob too many in the store does no harm.
+                Ok(Some(_)) => linked.extend(targets),
+                Err(e) if e.is_damage() => linked.extend(targets),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok(linked)
+}
+
 fn give_back_from(
     store: &dyn Store,
     transaction: &Contents,
@@ -58,7 +91,7 @@ fn give_back_from(
     for (_, path) in wanted {
         match transaction.put_back(store, path) {
             Ok(true) => {
-                log::warn!("gave back {} from {}: a manifest names it", path.display(), transaction.id);
+                log::warn!("gave back {} from {}: it is in use again", path.display(), transaction.id);
                 restored.push(path.to_path_buf());
             }
             // It came back by itself: a push wrote it again.

@@ -117,11 +117,11 @@ impl Plan {
         Ok(Plan { problems, ..decide(catalog, &untagged, &candidates, policy) })
     }
 
-    /// What is left of this plan when a second look decided `other`.
-    pub fn confirmed_by(mut self, other: &Plan) -> Plan {
-        let still: BTreeSet<&PathBuf> = other.items.iter().map(|i| &i.path).collect();
-        self.items.retain(|item| still.contains(&item.path));
-        self
+    /// What a second look decided, as far as this one did, too.
+    pub fn confirmed_by(&self, mut second: Plan) -> Plan {
+        let first: BTreeSet<&PathBuf> = self.items.iter().map(|i| &i.path).collect();
+        second.items.retain(|item| first.contains(&item.path));
+        second
     }
 
     /// Bytes of the blobs to take.

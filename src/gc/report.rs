@@ -7,11 +7,11 @@ use bytesize::ByteSize;
 use serde::Serialize;
 
 use super::Options;
-use super::plan::{Item, ItemKind, Plan};
+use super::plan::{Item, ItemKind, Plan, Young};
 use super::sweep::Taken;
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Problem};
 use crate::digest::Digest;
-use crate::error::{Result, count};
+use crate::error::count;
 use crate::trash::purge::Purged;
 
 /// What sort of run it was.
@@ -49,7 +49,7 @@ pub struct Report {
     pub dropped_transactions: Vec<String>,
     /// Transactions purged because the trash had kept them long enough.
     pub purged_transactions: Vec<String>,
-    /// What was given back because a manifest names it again.
+    /// What was given back because it is in use again.
     pub restored: Vec<String>,
     /// What failed after the first change.
     pub failures: Vec<String>,
@@ -92,58 +92,40 @@ pub fn human(bytes: u64) -> String {
 }
 
 impl Report {
-    /// The report of a plan that nobody has executed yet.
+    /// The report of a plan; until it is executed, of what executing it would take.
     pub fn new(mode: Mode, options: &Options, catalog: &Catalog, plan: &Plan) -> Report {
-        let mut report = Report {
+        let problem = |p: &Problem| ReportedProblem {
+            path: p.path.display().to_string(),
+            what: p.what.clone(),
+            effect: p.effect.to_string(),
+        };
+        let young =
+            |y: &Young| KeptYoung { digest: y.digest, bytes: y.bytes, eligible_at: timestamp(y.eligible_at) };
+        Report {
             mode,
-            repositories: 0,
-            manifests: 0,
-            blobs: 0,
+            repositories: catalog.repositories.len(),
+            manifests: catalog.manifests.len(),
+            blobs: catalog.blobs.len(),
             freed_bytes: 0,
-            quarantined_bytes: 0,
+            quarantined_bytes: plan.bytes(),
             transaction: None,
-            taken: Vec::new(),
-            kept_young: Vec::new(),
+            taken: plan.items.clone(),
+            kept_young: plan.young.iter().map(young).collect(),
             dropped_transactions: Vec::new(),
             purged_transactions: Vec::new(),
             restored: Vec::new(),
             failures: Vec::new(),
-            problems: Vec::new(),
+            problems: catalog.problems.iter().chain(&plan.problems).map(problem).collect(),
             grace: options.grace,
-        };
-        report.set_plan(catalog, plan);
-        report
-    }
-
-    /// Describes what was looked at and decided.
-    pub fn set_plan(&mut self, catalog: &Catalog, plan: &Plan) {
-        self.repositories = catalog.repositories.len();
-        self.manifests = catalog.manifests.len();
-        self.blobs = catalog.blobs.len();
-        self.taken = plan.items.clone();
-        self.quarantined_bytes = plan.bytes();
-        let young = plan.young.iter();
-        self.kept_young = young
-            .map(|y| KeptYoung { digest: y.digest, bytes: y.bytes, eligible_at: timestamp(y.eligible_at) })
-            .collect();
-        let problems = catalog.problems.iter().chain(&plan.problems);
-        self.problems = problems
-            .map(|p| ReportedProblem {
-                path: p.path.display().to_string(),
-                what: p.what.clone(),
-                effect: p.effect.to_string(),
-            })
-            .collect();
+        }
     }
 
     /// Describes what was taken of `plan`.
-    pub fn set_taken(&mut self, plan: &Plan, taken: Result<Taken>) -> Result<()> {
-        let taken = taken?;
+    pub fn set_taken(&mut self, plan: &Plan, taken: Taken) {
         self.taken = taken.items.iter().filter_map(|at| plan.items.get(*at)).cloned().collect();
         self.quarantined_bytes = self.taken.iter().map(|i| i.bytes).sum();
         self.transaction = taken.transaction;
         self.failures.extend(taken.failures.iter().map(ToString::to_string));
-        Ok(())
     }
 
     /// Describes what was purged; `now` purged what this run took, too.
@@ -176,7 +158,7 @@ impl Report {
             writeln!(f, "problem: {}; {}", p.what, p.effect)?;
         }
         for path in &self.restored {
-            writeln!(f, "given back {path}: a manifest names it")?;
+            writeln!(f, "given back {path}: it is in use again")?;
         }
         for item in &self.taken {
             match item.kind {

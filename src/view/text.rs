@@ -1,6 +1,7 @@
 //! What generated files read like.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -9,7 +10,6 @@ use super::node::Node;
 use super::{View, tree};
 use crate::catalog::intern::DigestId;
 use crate::error::count;
-use crate::gc::mark;
 use crate::gc::plan::Policy;
 use crate::gc::report::{human, timestamp};
 use crate::manifest;
@@ -30,7 +30,7 @@ impl View<'_> {
             Node::Summary => self.summary(),
             Node::Usage => return Some(self.usage()),
             Node::MissingBlob(id) => self.missing(id)?,
-            Node::BrokenFile(name) => self.broken(&self.snapshot.name(name)?.to_string_lossy())?,
+            Node::BrokenFile(name) => self.broken(&self.snapshot.name(name)?)?,
             _ => return None,
         };
         Some(text.into_bytes().into())
@@ -132,7 +132,7 @@ impl View<'_> {
             for repository in catalog.repositories.values() {
                 repository.tags.iter().filter_map(|t| t.target).for_each(&mut hold);
             }
-            mark::untagged(catalog, &|_| false).into_values().flatten().for_each(&mut hold);
+            snapshot.untagged().values().flatten().copied().for_each(&mut hold);
             let mut text = String::from("repository\ttag\tdigest\tunique\tshared\ttotal\tpushed\n");
             for repository in catalog.repositories.values().filter(|r| r.is_valid) {
                 let mut lines: Vec<String> = Vec::new();
@@ -182,8 +182,9 @@ impl View<'_> {
         Some(text)
     }
 
-    fn broken(&self, name: &str) -> Option<String> {
-        let at = tree::broken_names(self.snapshot).position(|n| n == name)?;
+    fn broken(&self, name: &OsStr) -> Option<String> {
+        let at = tree::problem_number(name)
+            .filter(|at| tree::broken_name(self.snapshot, *at).is_some_and(|n| *n == *name))?;
         let problem = self.snapshot.catalog.problems.get(at)?;
         Some(format!(
             "{}\nwhere: {}\nso: {}\n",

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::node::{Node, Type};
 use super::{Snapshot, View};
 use crate::catalog::intern::{DigestId, NameId};
-use crate::catalog::{Descriptor, Keeps, Repository};
+use crate::catalog::{Descriptor, Repository};
 use crate::digest::{Algorithm, Digest};
 use crate::error::Result;
 use crate::layout;
@@ -100,9 +100,10 @@ impl View<'_> {
             Node::UnreachableOf(algorithm) => by_digest(algorithm)
                 .filter(|id| self.snapshot.candidate(self.store, *id).is_some())
                 .map(Node::Blob),
-            Node::Images | Node::Namespace(_) if parse_reference(name).is_some() => {
-                self.reference(parent, name)
-            }
+            Node::Images | Node::Namespace(_) => self.below_images(parent, name),
+            Node::Broken => problem_number(name)
+                .filter(|at| broken_name(self.snapshot, *at).is_some_and(|n| *n == *name))
+                .map(|_| Node::BrokenFile(self.names(name))),
             _ => {
                 let entries = self.list(parent)?.unwrap_or_default();
                 entries.into_iter().find(|(n, _)| n == name).map(|(_, node)| node)
@@ -120,9 +121,27 @@ impl View<'_> {
         }
     }
 
-    fn reference(&self, parent: Node, name: &OsStr) -> Option<Node> {
+    /// A directory of a repository, a repository, or an image reference.
+    fn below_images(&self, parent: Node, name: &OsStr) -> Option<Node> {
+        let path = self.namespace(parent)?;
+        if self.snapshot.repository(&path).is_some() {
+            let id = self.snapshot.name_id(&path);
+            match name.to_str() {
+                Some(TAGS) => return Some(Node::Tags(id)),
+                Some(REVISIONS) => return Some(Node::Revisions(id)),
+                Some(UPLOADS) => return Some(Node::Uploads(id)),
+                _ => {}
+            }
+        }
+        match self.snapshot.directory(&path)?.contains(name) {
+            true => Some(Node::Namespace(self.snapshot.name_id(&path.join(name)))),
+            false => self.reference(&path, name),
+        }
+    }
+
+    fn reference(&self, parent: &Path, name: &OsStr) -> Option<Node> {
         let reference = parse_reference(name)?;
-        let path = self.namespace(parent)?.join(reference.repository);
+        let path = parent.join(reference.repository);
         let repository = self.snapshot.repository(&path)?;
         let repository_id = self.snapshot.name_id(&path);
         let tag = match reference.tag {
@@ -464,13 +483,8 @@ impl View<'_> {
                 .map(|id| entry(self.hex(*id), Node::MissingBlob(*id)))
                 .collect(),
             Node::Broken => {
-                let names = broken_names(snapshot);
-                names
-                    .map(|name| {
-                        let id = self.names(OsStr::new(&name));
-                        entry(name, Node::BrokenFile(id))
-                    })
-                    .collect()
+                let names = (0..catalog.problems.len()).filter_map(|at| broken_name(snapshot, at));
+                names.map(|name| entry(&name, Node::BrokenFile(self.names(OsStr::new(&name))))).collect()
             }
             _ => return None,
         })
@@ -497,7 +511,7 @@ impl View<'_> {
 
     fn untagged(&self, path: &Path) -> Entries {
         let mut entries = Entries::new();
-        for (name, digests) in self.snapshot.untagged() {
+        for (name, digests) in self.snapshot.untagged().iter() {
             let Ok(rest) = name.strip_prefix(path) else { continue };
             let mut components = rest.components();
             let Some(first) = components.next() else { continue };
@@ -508,8 +522,8 @@ impl View<'_> {
                 }
                 continue;
             }
-            let repository = self.snapshot.name_id(&name);
-            for id in digests {
+            let repository = self.snapshot.name_id(name);
+            for id in digests.iter().copied() {
                 let text = format!("{}@{}", first.display(), self.snapshot.catalog.digest(id));
                 entries.push(entry(text, Node::UntaggedManifest(id, repository)));
             }
@@ -633,11 +647,6 @@ impl View<'_> {
             None => PathBuf::from("reachability/broken/this-tag-can-not-be-read"),
         })
     }
-
-    /// Whether a repository keeps everything because something in it could not be judged.
-    pub fn keeps_everything(&self, name: &Path) -> bool {
-        self.snapshot.catalog.repository(name).is_some_and(|r| r.keeps == Keeps::Everything)
-    }
 }
 
 /// The algorithms of some digests, each once.
@@ -651,14 +660,20 @@ fn algorithms(digests: impl Iterator<Item = Digest>) -> impl Iterator<Item = Alg
     found.into_iter()
 }
 
-/// Names of the files in `reachability/broken`, in the order of the problems.
-pub fn broken_names(snapshot: &Snapshot) -> impl Iterator<Item = String> {
+/// Name of the file in `reachability/broken` of the `at`th problem.
+pub fn broken_name(snapshot: &Snapshot, at: usize) -> Option<String> {
+    let problem = snapshot.catalog.problems.get(at)?;
     let width = snapshot.catalog.problems.len().to_string().len();
-    let name = move |(at, path): (usize, &Path)| {
-        let text: String = flat(path).chars().rev().take(120).collect::<Vec<_>>().into_iter().rev().collect();
-        format!("{:0width$}-{}", at + 1, file_name(&text))
-    };
-    snapshot.catalog.problems.iter().map(|p| p.path.as_path()).enumerate().map(name)
+    let path = flat(&problem.path);
+    // Its end tells most.
+    let end = path.char_indices().rev().nth(119).map_or(0, |(start, _)| start);
+    Some(format!("{:0width$}-{}", at + 1, file_name(&path[end..])))
+}
+
+/// Which problem the name of a file in `reachability/broken` counts.
+pub fn problem_number(name: &OsStr) -> Option<usize> {
+    let (number, _) = name.to_str()?.split_once('-')?;
+    number.parse::<usize>().ok()?.checked_sub(1)
 }
 
 /// A path as one component: no repository name holds a `+`.
