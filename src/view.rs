@@ -1,13 +1,15 @@
 //! The tree that people see, as functions of a snapshot.
 //!
-//! Knows neither the kernel nor any command line: [`tree`] tells what is where, [`attributes`] what `stat` says,
+//! Knows neither the kernel nor any command line: [`tree`] and [`reachability`] tell what is where, [`attributes`] what `stat` says,
 //! [`text`] what generated files read like, [`control`] what the words written to `control/` mean.
 //!
 //! What costs a pass over the catalog is made when someone first looks at it, once for each [`Snapshot`].
 
 pub mod attributes;
 pub mod control;
+mod links;
 pub mod node;
+pub mod reachability;
 pub mod text;
 pub mod tree;
 

@@ -45,11 +45,7 @@ impl View<'_> {
             Node::Trashed(path) => self.trashed_attributes(path, plain)?,
             Node::Upload(upload, repository) => self.upload(repository, upload, plain)?,
             Node::Tag(tag, repository) | Node::TagReference(tag, repository) => {
-                let found = self
-                    .snapshot
-                    .path(repository)
-                    .and_then(|r| self.snapshot.repository(&r))
-                    .and_then(|r| r.tag(tag));
+                let found = self.repository(repository).and_then(|r| r.tag(tag));
                 let Some(found) = found else { return Ok(None) };
                 let modified = found.stat.map_or(SystemTime::UNIX_EPOCH, |s| s.modified);
                 Some(Attributes { modified, ..self.symlink(node, plain) })

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::node::Node;
-use super::{View, tree};
+use super::{View, reachability};
 use crate::catalog::intern::DigestId;
 use crate::error::count;
 use crate::gc::plan::Policy;
@@ -183,8 +183,8 @@ impl View<'_> {
     }
 
     fn broken(&self, name: &OsStr) -> Option<String> {
-        let at = tree::problem_number(name)
-            .filter(|at| tree::broken_name(self.snapshot, *at).is_some_and(|n| *n == *name))?;
+        let at = reachability::problem_number(name)
+            .filter(|at| reachability::broken_name(self.snapshot, *at).is_some_and(|n| *n == *name))?;
         let problem = self.snapshot.catalog.problems.get(at)?;
         Some(format!(
             "{}\nwhere: {}\nso: {}\n",

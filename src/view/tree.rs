@@ -5,8 +5,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::View;
 use super::node::{Node, Type};
-use super::{Snapshot, View};
+use super::reachability::{broken_name, problem_number};
 use crate::catalog::intern::{DigestId, NameId};
 use crate::catalog::{Descriptor, Repository};
 use crate::digest::{Algorithm, Digest};
@@ -25,7 +26,7 @@ pub const UPLOADS: &str = "_uploads";
 /// A directory's entries.
 pub type Entries = Vec<(OsString, Node)>;
 
-fn entry(name: impl Into<OsString>, node: Node) -> (OsString, Node) {
+pub(super) fn entry(name: impl Into<OsString>, node: Node) -> (OsString, Node) {
     (name.into(), node)
 }
 
@@ -55,7 +56,7 @@ pub fn parse_reference(name: &OsStr) -> Option<Reference<'_>> {
 }
 
 impl View<'_> {
-    fn names(&self, name: &OsStr) -> NameId {
+    pub(super) fn names(&self, name: &OsStr) -> NameId {
         self.snapshot.catalog.tables.names.intern(name)
     }
 
@@ -63,11 +64,11 @@ impl View<'_> {
         self.snapshot.catalog.tables.digests.find(digest)
     }
 
-    fn hex(&self, id: DigestId) -> String {
+    pub(super) fn hex(&self, id: DigestId) -> String {
         self.snapshot.catalog.digest(id).hex()
     }
 
-    fn repository(&self, id: NameId) -> Option<&Arc<Repository>> {
+    pub(super) fn repository(&self, id: NameId) -> Option<&Arc<Repository>> {
         self.snapshot.path(id).and_then(|name| self.snapshot.repository(&name))
     }
 
@@ -168,7 +169,7 @@ impl View<'_> {
         self.snapshot.catalog.digest(id).as_bytes().first() == Some(&shard)
     }
 
-    fn is_kept(&self, id: DigestId) -> bool {
+    pub(super) fn is_kept(&self, id: DigestId) -> bool {
         self.snapshot.mark().is_reachable(id) && self.snapshot.catalog.has_blob(id)
     }
 
@@ -285,7 +286,7 @@ impl View<'_> {
     }
 
     /// A directory for each algorithm among `ids`; the one that nearly all are under is always there.
-    fn algorithms_of(&self, ids: &[DigestId], node: fn(Algorithm) -> Node) -> Entries {
+    pub(super) fn algorithms_of(&self, ids: &[DigestId], node: fn(Algorithm) -> Node) -> Entries {
         let usual = std::iter::once(Digest::of(Algorithm::Sha256, b""));
         let digests = usual.chain(ids.iter().map(|id| self.snapshot.catalog.digest(*id)));
         algorithms(digests).map(|a| entry(a.name(), node(a))).collect()
@@ -392,7 +393,7 @@ impl View<'_> {
         referrers.map(|id| entry(name(*id), Node::Sibling(*id))).collect()
     }
 
-    fn shards(
+    pub(super) fn shards(
         &self,
         algorithm: Algorithm,
         shown: &dyn Fn(DigestId) -> bool,
@@ -411,7 +412,7 @@ impl View<'_> {
     }
 
     /// Blobs whose hex begins with `shard`.
-    fn shard(&self, shard: u8, algorithm: Algorithm) -> impl Iterator<Item = DigestId> {
+    pub(super) fn shard(&self, shard: u8, algorithm: Algorithm) -> impl Iterator<Item = DigestId> {
         let catalog = &self.snapshot.catalog;
         let key = |id: &DigestId| {
             let digest = catalog.digest(*id);
@@ -434,101 +435,6 @@ impl View<'_> {
             }
         }
         Ok(entries)
-    }
-
-    fn reachability(&self, node: Node) -> Option<Entries> {
-        let snapshot = self.snapshot;
-        let catalog = &snapshot.catalog;
-        Some(match node {
-            Node::Reachability => vec![
-                entry("broken", Node::Broken),
-                entry("missing", Node::Missing),
-                entry("reachable", Node::Reachable),
-                entry("summary", Node::Summary),
-                entry("unreachable", Node::Unreachable),
-                entry("untagged", Node::Untagged),
-                entry("usage.tsv", Node::Usage),
-            ],
-            Node::Reachable => {
-                let kept: Vec<DigestId> =
-                    catalog.blobs.iter().copied().filter(|id| self.is_kept(*id)).collect();
-                self.algorithms_of(&kept, Node::ReachableOf)
-            }
-            Node::ReachableOf(algorithm) => {
-                self.shards(algorithm, &|id| self.is_kept(id), Node::ReachableShard)
-            }
-            Node::ReachableShard(shard, algorithm) => self
-                .shard(shard, algorithm)
-                .filter(|id| self.is_kept(*id))
-                .map(|id| entry(self.hex(id), Node::ReachableBlob(id)))
-                .collect(),
-            Node::ReachableBlob(id) => self.keepers(id),
-            Node::Unreachable => {
-                let ids: Vec<DigestId> = snapshot.candidates(self.store).iter().map(|c| c.digest).collect();
-                self.algorithms_of(&ids, Node::UnreachableOf)
-            }
-            Node::UnreachableOf(algorithm) => snapshot
-                .candidates(self.store)
-                .iter()
-                .filter(|c| catalog.digest(c.digest).algorithm() == algorithm)
-                .map(|c| entry(self.hex(c.digest), Node::Blob(c.digest)))
-                .collect(),
-            Node::Untagged => self.untagged(Path::new("")),
-            Node::UntaggedIn(path) => self.untagged(&snapshot.path(path)?),
-            Node::Missing => self.algorithms_of(snapshot.missing(self.store), Node::MissingOf),
-            Node::MissingOf(algorithm) => snapshot
-                .missing(self.store)
-                .iter()
-                .filter(|id| catalog.digest(**id).algorithm() == algorithm)
-                .map(|id| entry(self.hex(*id), Node::MissingBlob(*id)))
-                .collect(),
-            Node::Broken => {
-                let names = (0..catalog.problems.len()).filter_map(|at| broken_name(snapshot, at));
-                names.map(|name| entry(&name, Node::BrokenFile(self.names(OsStr::new(&name))))).collect()
-            }
-            _ => return None,
-        })
-    }
-
-    /// Symlinks to whatever keeps a blob: manifests that name it, repositories that have it as a manifest, and
-    /// repositories that keep it because something in them can't be judged.
-    fn keepers(&self, id: DigestId) -> Entries {
-        let uses = self.snapshot.uses();
-        let manifests = uses.manifests.get(&id).into_iter().flatten();
-        let mut entries: Entries = manifests.map(|m| entry(self.hex(*m), Node::Keeper(*m))).collect();
-        for name in uses.revisions.get(&id).into_iter().flatten() {
-            let text = format!("{}@{}", flat(name), self.snapshot.catalog.digest(id));
-            entries.push(entry(text, Node::KeeperRevision(id, self.snapshot.name_id(name))));
-        }
-        for name in uses.keepers.get(&id).into_iter().flatten() {
-            let text = format!("{}+kept", flat(name));
-            if self.snapshot.repository(name).is_some() && !entries.iter().any(|(n, _)| *n == *text) {
-                entries.push(entry(text, Node::KeeperRevision(id, self.snapshot.name_id(name))));
-            }
-        }
-        entries
-    }
-
-    fn untagged(&self, path: &Path) -> Entries {
-        let mut entries = Entries::new();
-        for (name, digests) in self.snapshot.untagged().iter() {
-            let Ok(rest) = name.strip_prefix(path) else { continue };
-            let mut components = rest.components();
-            let Some(first) = components.next() else { continue };
-            let first = first.as_os_str();
-            if components.next().is_some() {
-                if !entries.iter().any(|(n, _)| n == first) {
-                    entries.push(entry(first, Node::UntaggedIn(self.snapshot.name_id(&path.join(first)))));
-                }
-                continue;
-            }
-            let repository = self.snapshot.name_id(name);
-            for id in digests.iter().copied() {
-                let text = format!("{}@{}", first.display(), self.snapshot.catalog.digest(id));
-                entries.push(entry(text, Node::UntaggedManifest(id, repository)));
-            }
-        }
-        entries
     }
 
     fn trashed(&self, path: &Path) -> Result<Entries> {
@@ -595,58 +501,6 @@ impl View<'_> {
         }
         Ok(self.store.stat(&place)?.map(|_| Type::File))
     }
-
-    /// Where a symlink leads, relative to where it stands.
-    pub fn target(&self, node: Node) -> Option<PathBuf> {
-        let catalog = &self.snapshot.catalog;
-        let up = |levels: usize| -> PathBuf { std::iter::repeat_n("..", levels).collect() };
-        let depth =
-            |repository: NameId| self.snapshot.path(repository).map_or(0, |name| name.components().count());
-        let manifest = |id: DigestId| {
-            let digest = catalog.tables.digests.checked(id)?;
-            Some(Path::new("manifests").join(digest.algorithm().name()).join(digest.hex()))
-        };
-        match node {
-            Node::Tag(tag, repository) => {
-                Some(up(depth(repository) + 2).join(self.tag_target(repository, tag)?))
-            }
-            Node::TagReference(tag, repository) => {
-                Some(up(depth(repository)).join(self.tag_target(repository, tag)?))
-            }
-            Node::DigestReference(id, repository) => Some(up(depth(repository)).join(manifest(id)?)),
-            // All manifests are stored under sha256, so these stand in the same directory two levels up.
-            Node::Sibling(id) => Some(up(2).join(catalog.tables.digests.checked(id)?.hex())),
-            Node::Subject(id) => Some(up(1).join(catalog.tables.digests.checked(id)?.hex())),
-            Node::Keeper(id) => Some(up(5).join(manifest(id)?)),
-            Node::KeeperRevision(id, repository) => {
-                let digest = catalog.tables.digests.checked(id)?;
-                let name = self.snapshot.path(repository)?;
-                let place = up(5).join("images").join(name);
-                Some(match self.repository(repository)?.revision(id) {
-                    Some(_) => place.join(REVISIONS).join(digest.algorithm().name()).join(digest.hex()),
-                    None => place,
-                })
-            }
-            Node::UntaggedManifest(id, repository) => Some(up(depth(repository) + 1).join(manifest(id)?)),
-            _ => None,
-        }
-    }
-
-    /// What a tag leads to, from the root of the mount; nowhere for one that can't be served.
-    fn tag_target(&self, repository: NameId, tag: NameId) -> Option<PathBuf> {
-        let repository = self.repository(repository)?;
-        let tag = repository.tag(tag)?;
-        Some(match tag.target {
-            Some(id) => {
-                let digest = self.snapshot.catalog.digest(id);
-                // The name tells the digest even where nothing stands under it.
-                let place =
-                    if repository.is_served(tag) { "manifests" } else { "manifests/not-in-this-repository" };
-                Path::new(place).join(digest.algorithm().name()).join(digest.hex())
-            }
-            None => PathBuf::from("reachability/broken/this-tag-can-not-be-read"),
-        })
-    }
 }
 
 /// The algorithms of some digests, each once.
@@ -660,29 +514,13 @@ fn algorithms(digests: impl Iterator<Item = Digest>) -> impl Iterator<Item = Alg
     found.into_iter()
 }
 
-/// Name of the file in `reachability/broken` of the `at`th problem.
-pub fn broken_name(snapshot: &Snapshot, at: usize) -> Option<String> {
-    let problem = snapshot.catalog.problems.get(at)?;
-    let width = snapshot.catalog.problems.len().to_string().len();
-    let path = flat(&problem.path);
-    // Its end tells most.
-    let end = path.char_indices().rev().nth(119).map_or(0, |(start, _)| start);
-    Some(format!("{:0width$}-{}", at + 1, file_name(&path[end..])))
-}
-
-/// Which problem the name of a file in `reachability/broken` counts.
-pub fn problem_number(name: &OsStr) -> Option<usize> {
-    let (number, _) = name.to_str()?.split_once('-')?;
-    number.parse::<usize>().ok()?.checked_sub(1)
-}
-
 /// A path as one component: no repository name holds a `+`.
-fn flat(path: &Path) -> String {
+pub(super) fn flat(path: &Path) -> String {
     String::from_utf8_lossy(path.as_os_str().as_bytes()).replace('/', "+")
 }
 
 /// A text as a file name.
-fn file_name(text: &str) -> String {
+pub(super) fn file_name(text: &str) -> String {
     text.chars().map(|c| if c == '/' || c.is_control() { '_' } else { c }).take(200).collect()
 }
 

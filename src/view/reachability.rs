@@ -1,0 +1,122 @@
+//! The directory `reachability/`: what the mark found, for people.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use super::node::Node;
+use super::tree::{Entries, entry, file_name, flat};
+use super::{Snapshot, View};
+use crate::catalog::intern::DigestId;
+
+impl View<'_> {
+    pub(super) fn reachability(&self, node: Node) -> Option<Entries> {
+        let snapshot = self.snapshot;
+        let catalog = &snapshot.catalog;
+        Some(match node {
+            Node::Reachability => vec![
+                entry("broken", Node::Broken),
+                entry("missing", Node::Missing),
+                entry("reachable", Node::Reachable),
+                entry("summary", Node::Summary),
+                entry("unreachable", Node::Unreachable),
+                entry("untagged", Node::Untagged),
+                entry("usage.tsv", Node::Usage),
+            ],
+            Node::Reachable => {
+                let kept: Vec<DigestId> =
+                    catalog.blobs.iter().copied().filter(|id| self.is_kept(*id)).collect();
+                self.algorithms_of(&kept, Node::ReachableOf)
+            }
+            Node::ReachableOf(algorithm) => {
+                self.shards(algorithm, &|id| self.is_kept(id), Node::ReachableShard)
+            }
+            Node::ReachableShard(shard, algorithm) => self
+                .shard(shard, algorithm)
+                .filter(|id| self.is_kept(*id))
+                .map(|id| entry(self.hex(id), Node::ReachableBlob(id)))
+                .collect(),
+            Node::ReachableBlob(id) => self.keepers(id),
+            Node::Unreachable => {
+                let ids: Vec<DigestId> = snapshot.candidates(self.store).iter().map(|c| c.digest).collect();
+                self.algorithms_of(&ids, Node::UnreachableOf)
+            }
+            Node::UnreachableOf(algorithm) => snapshot
+                .candidates(self.store)
+                .iter()
+                .filter(|c| catalog.digest(c.digest).algorithm() == algorithm)
+                .map(|c| entry(self.hex(c.digest), Node::Blob(c.digest)))
+                .collect(),
+            Node::Untagged => self.untagged(Path::new("")),
+            Node::UntaggedIn(path) => self.untagged(&snapshot.path(path)?),
+            Node::Missing => self.algorithms_of(snapshot.missing(self.store), Node::MissingOf),
+            Node::MissingOf(algorithm) => snapshot
+                .missing(self.store)
+                .iter()
+                .filter(|id| catalog.digest(**id).algorithm() == algorithm)
+                .map(|id| entry(self.hex(*id), Node::MissingBlob(*id)))
+                .collect(),
+            Node::Broken => {
+                let names = (0..catalog.problems.len()).filter_map(|at| broken_name(snapshot, at));
+                names.map(|name| entry(&name, Node::BrokenFile(self.names(OsStr::new(&name))))).collect()
+            }
+            _ => return None,
+        })
+    }
+
+    /// Symlinks to whatever keeps a blob: manifests that name it, repositories that have it as a manifest, and
+    /// repositories that keep it because something in them can't be judged.
+    fn keepers(&self, id: DigestId) -> Entries {
+        let uses = self.snapshot.uses();
+        let manifests = uses.manifests.get(&id).into_iter().flatten();
+        let mut entries: Entries = manifests.map(|m| entry(self.hex(*m), Node::Keeper(*m))).collect();
+        for name in uses.revisions.get(&id).into_iter().flatten() {
+            let text = format!("{}@{}", flat(name), self.snapshot.catalog.digest(id));
+            entries.push(entry(text, Node::KeeperRevision(id, self.snapshot.name_id(name))));
+        }
+        for name in uses.keepers.get(&id).into_iter().flatten() {
+            let text = format!("{}+kept", flat(name));
+            if self.snapshot.repository(name).is_some() && !entries.iter().any(|(n, _)| *n == *text) {
+                entries.push(entry(text, Node::KeeperRevision(id, self.snapshot.name_id(name))));
+            }
+        }
+        entries
+    }
+
+    fn untagged(&self, path: &Path) -> Entries {
+        let mut entries = Entries::new();
+        for (name, digests) in self.snapshot.untagged().iter() {
+            let Ok(rest) = name.strip_prefix(path) else { continue };
+            let mut components = rest.components();
+            let Some(first) = components.next() else { continue };
+            let first = first.as_os_str();
+            if components.next().is_some() {
+                if !entries.iter().any(|(n, _)| n == first) {
+                    entries.push(entry(first, Node::UntaggedIn(self.snapshot.name_id(&path.join(first)))));
+                }
+                continue;
+            }
+            let repository = self.snapshot.name_id(name);
+            for id in digests.iter().copied() {
+                let text = format!("{}@{}", first.display(), self.snapshot.catalog.digest(id));
+                entries.push(entry(text, Node::UntaggedManifest(id, repository)));
+            }
+        }
+        entries
+    }
+}
+
+/// Name of the file in `reachability/broken` of the `at`th problem.
+pub fn broken_name(snapshot: &Snapshot, at: usize) -> Option<String> {
+    let problem = snapshot.catalog.problems.get(at)?;
+    let width = snapshot.catalog.problems.len().to_string().len();
+    let path = flat(&problem.path);
+    // Its end tells most.
+    let end = path.char_indices().rev().nth(119).map_or(0, |(start, _)| start);
+    Some(format!("{:0width$}-{}", at + 1, file_name(&path[end..])))
+}
+
+/// Which problem the name of a file in `reachability/broken` counts.
+pub fn problem_number(name: &OsStr) -> Option<usize> {
+    let (number, _) = name.to_str()?.split_once('-')?;
+    number.parse::<usize>().ok()?.checked_sub(1)
+}
