@@ -16,6 +16,7 @@ pub mod plan;
 pub mod report;
 pub mod sweep;
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -99,22 +100,24 @@ pub fn run(
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("give back", 0);
-    let catalog = scan_strictly(store, tables, None)?;
-    let restored = guard::give_back(store, &catalog)?;
+    let restored = give_back(store, tables)?;
     let (catalog, plan) = look(store, tables, None, options, now, progress)?;
     let mut report = Report::new(Mode::Sweep, options, &catalog, &plan);
-    report.restored = restored.iter().map(|path| path.display().to_string()).collect();
+    report.set_restored(&restored);
 
     progress.phase("re-check", 0);
     let (again, confirmed) = look(store, tables, Some(&catalog), options, now, progress)?;
     let plan = plan.confirmed_by(&confirmed);
     report.set_plan(&again, &plan);
-    let taken = sweep::take(store, &plan, options, author, progress);
+    let taken = sweep::take(store, &again, &plan, options, author, progress);
     report.set_taken(&plan, taken)?;
 
     if !progress.is_stopped() {
         progress.phase("purge", 0);
-        purge(store, options, now, &mut report)?;
+        // Things were taken by now: whatever fails belongs into the report of that.
+        if let Err(e) = purge(store, tables, options, now, &mut report) {
+            report.failures.push(e.to_string());
+        }
     }
     Ok(report)
 }
@@ -133,9 +136,15 @@ pub fn purge_trash(
     selection: &Selection,
 ) -> Result<Purged> {
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
-    let catalog = scan_strictly(store, tables, None)?;
-    guard::give_back(store, &catalog)?;
+    give_back(store, tables)?;
     trash::purge::purge(store, &selection.of(store, SystemTime::now())?)
+}
+
+/// Gives back what a manifest names again.
+fn give_back(store: &dyn Store, tables: &Tables) -> Result<Vec<PathBuf>> {
+    let look = |previous: &Catalog| scan_strictly(store, tables, Some(previous));
+    let (_, restored) = guard::give_back(store, scan_strictly(store, tables, None)?, &look)?;
+    Ok(restored)
 }
 
 /// List, mark and plan.
@@ -159,7 +168,13 @@ fn look(
 }
 
 /// Purges what the trash has kept long enough and, with `now`, what was just taken.
-fn purge(store: &dyn Store, options: &Options, now: SystemTime, report: &mut Report) -> Result<()> {
+fn purge(
+    store: &dyn Store,
+    tables: &Tables,
+    options: &Options,
+    now: SystemTime,
+    report: &mut Report,
+) -> Result<()> {
     let expired =
         trash::contents(store)?.into_iter().filter(|t| t.is_older_than(options.keep, now)).map(|t| t.id);
     let mut doomed: Vec<String> = expired.collect();
@@ -172,6 +187,10 @@ fn purge(store: &dyn Store, options: &Options, now: SystemTime, report: &mut Rep
         doomed.dedup();
     }
     if !doomed.is_empty() {
+        // A push may have named what is about to go while this run looked and took.
+        report.set_restored(&give_back(store, tables)?);
+        let left = trash::ids(store)?;
+        doomed.retain(|id| left.contains(id));
         let purged = trash::purge::purge(store, &doomed)?;
         report.set_purged(purged, options.now);
     }
