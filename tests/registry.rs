@@ -500,7 +500,8 @@ fn a_killed_daemon_leaves_a_mountpoint_that_mounts_again() {
     registry.push("alpine", Some("3.8"), &alpine());
     let mount = Mount::of(&registry.store());
     mount.crash();
-    assert_eq!(errno(fs::read_dir(mount.point())), libc::ENOTCONN);
+    // The latter while the kernel is still closing what the daemon had open.
+    assert!(matches!(errno(fs::read_dir(mount.point())), libc::ENOTCONN | libc::ECONNABORTED));
     mount.start(&registry.store(), &[]).exits(0);
     assert_eq!(mount.list("images/alpine/_tags"), ["3.8"]);
     // Whatever lock the killed one held is gone with it.

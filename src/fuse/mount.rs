@@ -106,7 +106,7 @@ impl Mounted {
 fn clear_mountpoint(mountpoint: &Path) -> Result<()> {
     let is_ours = is_mounted(mountpoint)?;
     match std::fs::metadata(mountpoint) {
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) && is_ours => {
+        Err(e) if is_dead(&e) && is_ours => {
             log::info!("{} is the dead mount of a regfs that was killed; replacing it", mountpoint.display());
             unmount_lazily(mountpoint)
         }
@@ -123,6 +123,11 @@ fn clear_mountpoint(mountpoint: &Path) -> Result<()> {
         }
         Ok(_) => Ok(()),
     }
+}
+
+/// What a mount answers whose daemon is gone, or is just going.
+fn is_dead(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
 }
 
 fn config(options: &MountOptions) -> Config {
@@ -305,7 +310,7 @@ pub fn absolute(mountpoint: &Path) -> Result<PathBuf> {
     let error = |e| Error::io("find the mountpoint", mountpoint, e);
     match mountpoint.canonicalize() {
         Ok(path) => Ok(path),
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
+        Err(e) if is_dead(&e) => {
             let path = std::path::absolute(mountpoint).map_err(error)?;
             let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
                 return Ok(path);
