@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::catalog::intern::{DigestId, NameId};
 use crate::catalog::scan::rescan;
-use crate::catalog::{Catalog, Keeps, Parsed, Repository, Tag};
+use crate::catalog::{Catalog, Effect, Keeps, Parsed, Repository, Tag};
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::store::{self, Store};
@@ -300,6 +300,10 @@ pub fn take_repository(
     begin: &mut dyn FnMut() -> Result<Transaction>,
 ) -> Result<Catalog> {
     let fresh = rescan(store, catalog, name);
+    let place = layout::repository(name);
+    if let Some(problem) = fresh.problems.iter().find(|p| p.path == place && p.effect == Effect::StopsSweep) {
+        return Err(Error::Unjudged { problems: vec![problem.what.clone()] });
+    }
     let below = fresh.repositories.keys().any(|other| other != name && other.starts_with(name));
     let is_empty = |r: &Repository| {
         r.tags.is_empty() && r.revisions.is_empty() && r.uploads.is_empty() && r.keeps == Keeps::Named

@@ -55,6 +55,8 @@ pub struct Engine {
     journal: Mutex<Journal>,
     reports: Mutex<Reports>,
     run: Run,
+    /// The trash may hold something that a manifest names; the next refresh finds out.
+    is_heal_due: AtomicBool,
 }
 
 struct Looked {
@@ -160,6 +162,7 @@ impl Engine {
                 last_error: None,
             }),
             run: Run::default(),
+            is_heal_due: AtomicBool::new(true),
         })
     }
 
@@ -206,32 +209,38 @@ impl Engine {
         let before = self.current();
         let catalog = scan(&*self.store, &self.tables, Some(&before.catalog));
         let ids = self.transactions();
-        if ids != before.trash || !catalog.says_the_same_as(&before.catalog) {
-            let catalog = if ids.is_empty() { catalog } else { self.heal(catalog) };
-            self.publish(catalog, ids);
+        let is_same = ids == before.trash && catalog.says_the_same_as(&before.catalog);
+        if !is_same || self.is_heal_due.load(Ordering::SeqCst) {
+            let (catalog, restored) = if ids.is_empty() { (catalog, Some(0)) } else { self.heal(catalog) };
+            if !is_same || restored.is_some_and(|count| count > 0) {
+                self.publish(catalog, self.transactions());
+            }
+            self.is_heal_due.store(restored.is_none(), Ordering::SeqCst);
         }
         *locked(&self.looked) = Looked { at: Instant::now(), cost: began.elapsed() };
     }
 
-    /// Gives back what a push named again; the catalog afterwards.
-    fn heal(&self, catalog: Catalog) -> Catalog {
+    /// Gives back what a push named again; the catalog afterwards, and how much came back; `None` when it is to be
+    /// tried again.
+    fn heal(&self, catalog: Catalog) -> (Catalog, Option<usize>) {
         if self.settings.read_only {
-            return catalog;
+            return (catalog, Some(0));
         }
-        // A run of another regfs gives back by itself, so whoever holds the lock does this for us.
-        let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else { return catalog };
-        match guard::give_back(&*self.store, &catalog) {
-            Ok(restored) if restored.is_empty() => catalog,
-            Ok(restored) => {
+        // Whoever has the lock may have looked before the push; it is our turn when they are done.
+        let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else { return (catalog, None) };
+        let look = |previous: &Catalog| Ok(scan(&*self.store, &self.tables, Some(previous)));
+        match guard::give_back(&*self.store, catalog.clone(), &look) {
+            Ok((catalog, restored)) => {
+                let count = restored.len();
                 let author = Author::current("regfs mount");
                 for path in restored {
                     self.note(&author, "give back", &path.display().to_string(), "it is in use again");
                 }
-                scan(&*self.store, &self.tables, Some(&catalog))
+                (catalog, Some(count))
             }
             Err(e) => {
                 self.failed(&format!("could not give back what is in use again: {e}"));
-                catalog
+                (catalog, None)
             }
         }
     }
@@ -244,6 +253,8 @@ impl Engine {
     }
 
     fn publish(&self, catalog: Catalog, trash: Vec<String>) {
+        // Nobody has compared this one with the trash yet.
+        self.is_heal_due.store(true, Ordering::SeqCst);
         let next = Arc::new(Snapshot::new(catalog, trash));
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = next;
     }

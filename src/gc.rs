@@ -17,10 +17,11 @@ pub mod plan;
 pub mod report;
 pub mod sweep;
 
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use crate::catalog::Tables;
 use crate::catalog::scan::scan_strictly;
+use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::trash::purge::Purged;
@@ -100,29 +101,24 @@ pub fn run(
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("mark", 0);
-    let first = scan_strictly(store, tables, None)?;
-    let mut restored = guard::give_back(store, &first)?;
-    let catalog = if restored.is_empty() { first } else { scan_strictly(store, tables, Some(&first))? };
+    let (catalog, restored) = give_back(store, tables)?;
     let plan = Plan::new(store, &catalog, &policy)?;
 
     progress.phase("re-check", 0);
     let catalog = scan_strictly(store, tables, Some(&catalog))?;
     let plan = plan.confirmed_by(Plan::new(store, &catalog, &policy)?);
-    let mut report = Report::new(Mode::Sweep, options, &catalog, &plan);
     if progress.is_stopped() {
         return Err(Error::Busy { why: "stopped before the first change".to_string() });
     }
-    let taken = sweep::take(store, &plan, options, author, progress)?;
+    let mut report = Report::new(Mode::Sweep, options, &catalog, &plan);
+    report.set_restored(&restored);
+    let taken = sweep::take(store, &catalog, &plan, options, author, progress)?;
     report.set_taken(&plan, taken);
 
-    // Whoever pushed meanwhile gets back what the push relies on, before anything is purged.
-    progress.phase("look back", 0);
-    let catalog = scan_strictly(store, tables, Some(&catalog))?;
-    restored.extend(guard::give_back(store, &catalog)?);
-    report.restored = restored.iter().map(|path| path.display().to_string()).collect();
-    if !progress.is_stopped() {
-        progress.phase("purge", 0);
-        purge(store, options, policy.now, &mut report)?;
+    // Things were taken by now: whatever fails from here on belongs into the report of that.
+    progress.phase("purge", 0);
+    if let Err(e) = finish(store, tables, options, policy.now, progress, &mut report) {
+        report.failures.push(e.to_string());
     }
     Ok(report)
 }
@@ -141,21 +137,39 @@ pub fn purge_trash(
     selection: &Selection,
 ) -> Result<Purged> {
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
-    let catalog = scan_strictly(store, tables, None)?;
-    guard::give_back(store, &catalog)?;
+    give_back(store, tables)?;
     trash::purge::purge(store, &selection.of(store, SystemTime::now())?)
 }
 
-/// Purges what the trash has kept long enough and, with `now`, what was just taken.
-fn purge(store: &dyn Store, options: &Options, now: SystemTime, report: &mut Report) -> Result<()> {
-    let expired =
-        trash::contents(store)?.into_iter().filter(|t| t.is_older_than(options.keep, now)).map(|t| t.id);
-    let mut doomed: Vec<String> = expired.collect();
-    if let Some(id) = report.transaction.clone().filter(|_| options.now) {
-        let ended = trash::purge::undone_only_with(store, &id)?;
+/// Looks at the store and gives back what is in use again; the catalog afterwards, and what came back.
+fn give_back(store: &dyn Store, tables: &Tables) -> Result<(Catalog, Vec<PathBuf>)> {
+    let look = |previous: &Catalog| scan_strictly(store, tables, Some(previous));
+    guard::give_back(store, scan_strictly(store, tables, None)?, &look)
+}
+
+/// Gives back what a push relies on that came meanwhile, then purges what the trash has kept long enough and, with
+/// `now`, what was just taken.
+fn finish(
+    store: &dyn Store,
+    tables: &Tables,
+    options: &Options,
+    now: SystemTime,
+    progress: &dyn Progress,
+    report: &mut Report,
+) -> Result<()> {
+    report.set_restored(&give_back(store, tables)?.1);
+    if progress.is_stopped() {
+        return Ok(());
+    }
+    let left = trash::ids(store)?;
+    let own = report.transaction.clone().filter(|id| left.contains(id));
+    let mut doomed = Selection::Older(options.keep).of(store, now)?;
+    doomed.retain(|id| Some(id) != own.as_ref());
+    if let Some(own) = own.filter(|_| options.now) {
+        let ended = trash::purge::undone_only_with(store, &own)?;
         report.dropped_transactions = ended.clone();
         doomed.extend(ended);
-        doomed.push(id);
+        doomed.push(own);
         doomed.sort_unstable();
         doomed.dedup();
     }

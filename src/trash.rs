@@ -62,6 +62,8 @@ pub struct Record {
     pub reason: String,
 }
 
+/// What a crash or a full disk may leave of a description.
+const UNWRITTEN: &str = "txn.json.tmp";
 /// Longest description in bytes.
 const RECORD_LIMIT: usize = 1 << 20;
 
@@ -95,8 +97,15 @@ impl Transaction {
         let path = layout::transaction(&id).join(layout::TRANSACTION_FILE);
         let mut text = serde_json::to_vec_pretty(&record).map_err(|e| Error::io("write", &path, e))?;
         text.push(b'\n');
-        store.write(&path, &text)?;
-        Ok(Transaction { record })
+        let transaction = Transaction { record };
+        if let Err(e) = store.write(&path, &text) {
+            // Only tidying up after what is reported: the start of a description would puzzle people.
+            if let Err(e) = transaction.discard_if_empty(store) {
+                log::debug!("{e}");
+            }
+            return Err(e);
+        }
+        Ok(transaction)
     }
 
     /// Its name.
@@ -166,7 +175,7 @@ impl Contents {
             return Ok(());
         }
         let directory = layout::transaction(&self.id);
-        let failures = store.remove(&[directory.join(layout::TRANSACTION_FILE)]);
+        let failures = store.remove(&[directory.join(layout::TRANSACTION_FILE), directory.join(UNWRITTEN)]);
         failures.into_iter().next().map_or(Ok(()), Err)?;
         store.prune(&directory)
     }
@@ -223,7 +232,7 @@ pub fn read(store: &dyn Store, id: &str) -> Result<Contents> {
     store::walk(store, &directory, &mut |path, _| {
         if let Ok(inside) = path.strip_prefix(&directory)
             && !inside.starts_with(layout::TRANSACTION_FILE)
-            && inside != Path::new("txn.json.tmp")
+            && inside != Path::new(UNWRITTEN)
         {
             files.push(inside.to_path_buf());
         }

@@ -46,6 +46,9 @@ pub fn scan(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>) -> C
     let scanned_at = SystemTime::now();
     let blobs = scan.blobs();
     scan.namespace(Path::new(""), true);
+    if !blobs.is_empty() && scan.repositories.is_empty() {
+        scan.expect_repositories();
+    }
     let present: IdSet = blobs.iter().copied().collect();
     let manifests = Arc::new(scan.manifests(&present));
     let Scan { mut problems, aliases, repositories, .. } = scan;
@@ -63,7 +66,8 @@ pub fn scan(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>) -> C
 /// Looks at one repository again; everything else is as in `previous`.
 pub fn rescan(store: &dyn Store, previous: &Catalog, name: &Path) -> Catalog {
     let mut scan = Scan::new(store, &previous.tables, Some(previous));
-    let mut catalog = Catalog { scanned_at: SystemTime::now(), ..previous.clone() };
+    // It goes on being as old as the oldest look in it: that tells which links were at rest when they were read.
+    let mut catalog = previous.clone();
     let own = [layout::MANIFESTS, layout::LAYERS, layout::UPLOADS];
     let entries = scan.list(&layout::repository(name), Effect::StopsSweep);
     if entries.iter().any(|e| own.iter().any(|own| e.name == *own)) {
@@ -242,6 +246,16 @@ impl<'a> Scan<'a> {
         }
     }
 
+    /// Notes when there is not even a directory of repositories: whatever named the blobs is out of sight, as when it
+    /// lies on a filesystem that is not mounted.
+    fn expect_repositories(&mut self) {
+        let path = Path::new(layout::REPOSITORIES);
+        if let Ok(None) = self.store.list(path) {
+            let what = format!("{} is missing, but there are blobs", self.store.full(path).display());
+            self.note(path, what, Effect::StopsSweep);
+        }
+    }
+
     fn repository(&mut self, name: &Path, is_valid: bool) {
         let keeps = if is_valid { Keeps::Named } else { Keeps::Everything };
         let mut repository =
@@ -272,6 +286,8 @@ impl<'a> Scan<'a> {
         for problem in &self.problems[problems_before..] {
             raised = raised.max(match &problem.effect {
                 Effect::KeepsRevisions(of) if of == name => Keeps::Revisions,
+                // What a failing call hides may hold anything.
+                Effect::StopsSweep => Keeps::Everything,
                 effect if *effect == everything => Keeps::Everything,
                 _ => Keeps::Named,
             });

@@ -75,8 +75,10 @@ pub(super) fn umount(mountpoint: &Path) -> Result<Outcome> {
 fn start_daemon(typed_args: &[OsString]) -> Result<Outcome> {
     let program = Path::new("/proc/self/exe");
     let child = Command::new(program)
-        .args(typed_args.iter().skip(1))
+        // Right after `mount`: behind a `--` it would be no option.
+        .args(typed_args.iter().skip(1).take(1))
         .arg("--daemon")
+        .args(typed_args.iter().skip(2))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn();

@@ -161,6 +161,26 @@ impl RegistryFilesystem {
         Ok((Handle::Text(text), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH))
     }
 
+    /// Makes a change on a thread of its own: it may wait for another regfs, and there are few threads that answer.
+    fn change(
+        &self,
+        parent: INodeNo,
+        name: &OsStr,
+        reply: ReplyEmpty,
+        act: impl FnOnce(&Engine, Node, &OsStr) -> Result<()> + Send + 'static,
+    ) {
+        let Some(parent) = Node::of_inode(parent.0) else { return reply.error(Errno::ENOENT) };
+        let (engine, name) = (self.engine.clone(), name.to_os_string());
+        let run = move || match act(&engine, parent, &name) {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(errno(&e)),
+        };
+        // Without a thread the reply is dropped, which fuser answers with EIO.
+        if let Err(e) = std::thread::Builder::new().name("change".into()).spawn(run) {
+            log::error!("could not start a thread for a change: {e}");
+        }
+    }
+
     /// The file in the store that a node shows.
     fn bytes_of(&self, snapshot: &Snapshot, node: Node) -> Option<std::path::PathBuf> {
         match node {
@@ -406,20 +426,12 @@ impl Filesystem for RegistryFilesystem {
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let author = author(request, "rm");
-        match Node::of_inode(parent.0).map(|parent| self.engine.unlink(parent, name, &author)) {
-            Some(Ok(())) => reply.ok(),
-            Some(Err(e)) => reply.error(errno(&e)),
-            None => reply.error(Errno::ENOENT),
-        }
+        self.change(parent, name, reply, move |engine, parent, name| engine.unlink(parent, name, &author));
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let author = author(request, "rmdir");
-        match Node::of_inode(parent.0).map(|parent| self.engine.rmdir(parent, name, &author)) {
-            Some(Ok(())) => reply.ok(),
-            Some(Err(e)) => reply.error(errno(&e)),
-            None => reply.error(Errno::ENOENT),
-        }
+        self.change(parent, name, reply, move |engine, parent, name| engine.rmdir(parent, name, &author));
     }
 
     // Everything below is read-only, said in the errno that each tool explains best: never EXDEV, after which

@@ -47,6 +47,8 @@ pub struct Mounted {
     session: JoinHandle<std::io::Result<()>>,
     signals: Signals,
     mountpoint: PathBuf,
+    /// What tells this mount from others on the same directory.
+    device: Option<Vec<u8>>,
 }
 
 /// Mounts, and serves on threads of its own; returns when the mount answers.
@@ -64,19 +66,29 @@ pub fn mount(engine: Arc<Engine>, options: &MountOptions) -> Result<Mounted> {
     let session = std::thread::Builder::new().name("session".into()).spawn(serve);
     let session = session.map_err(|e| Error::io("serve", mountpoint, e))?;
     std::fs::metadata(mountpoint).map_err(|e| Error::io("look at the mount", mountpoint, e))?;
-    Ok(Mounted { session, signals, mountpoint: mountpoint.clone() })
+    let device = topmost(mountpoint)?.map(|mount| mount.device);
+    Ok(Mounted { session, signals, mountpoint: mountpoint.clone(), device })
 }
 
 impl Mounted {
     /// Unmounts when the process is told to end, and returns when the last user is gone.
     pub fn serve(self, engine: &Engine) -> Result<()> {
-        let mountpoint = self.mountpoint.clone();
+        let (mountpoint, device) = (self.mountpoint.clone(), self.device.clone());
         let mut signals = self.signals;
         let handle = signals.handle();
         let watch = std::thread::Builder::new().name("signals".into()).spawn(move || {
             for signal in signals.forever() {
                 log::info!("signal {signal}: unmounting {}", mountpoint.display());
-                if let Err(e) = unmount_lazily(&mountpoint) {
+                let unmounted = match topmost(&mountpoint) {
+                    // Ours is gone already, or somebody mounted over it: that one is not ours to take away.
+                    Ok(mount) if mount.as_ref().map(|m| &m.device) != device.as_ref() => {
+                        log::warn!("something else is mounted on {}: left alone", mountpoint.display());
+                        Ok(())
+                    }
+                    Ok(_) => unmount_lazily(&mountpoint),
+                    Err(e) => Err(e),
+                };
+                if let Err(e) = unmounted {
                     log::error!("{e}");
                 }
             }
@@ -92,11 +104,6 @@ impl Mounted {
             Err(_) => Err(Error::io("serve", &self.mountpoint, std::io::Error::other("a thread panicked"))),
         }
     }
-}
-
-/// Whether a mount answered so because its daemon is gone, or just going.
-fn is_dead(error: &std::io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
 }
 
 /// Makes sure that we can mount there: takes away the dead mount of a regfs that was killed.
@@ -120,6 +127,11 @@ fn clear_mountpoint(mountpoint: &Path) -> Result<()> {
         }
         Ok(_) => Ok(()),
     }
+}
+
+/// What a mount answers whose daemon is gone, or is just going.
+fn is_dead(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
 }
 
 fn config(options: &MountOptions) -> Config {
@@ -248,15 +260,29 @@ fn daemon_of(mountpoint: &Path) -> Option<u32> {
 
 /// Whether the topmost mount on `mountpoint` is a regfs, alive or dead.
 fn is_mounted(mountpoint: &Path) -> Result<bool> {
+    Ok(topmost(mountpoint)?.is_some_and(|mount| mount.is_regfs))
+}
+
+/// A line of mountinfo.
+struct MountEntry {
+    /// `major:minor`.
+    device: Vec<u8>,
+    is_regfs: bool,
+}
+
+/// The topmost mount on `mountpoint`; `None` when nothing is mounted there.
+fn topmost(mountpoint: &Path) -> Result<Option<MountEntry>> {
     let table = Path::new("/proc/self/mountinfo");
     let text = std::fs::read(table).map_err(|e| Error::io("read", table, e))?;
-    let mut topmost = false;
+    let mut topmost = None;
     for line in text.split(|b| *b == b'\n') {
         let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
         let place = fields.get(4).map(|field| unescape(field));
         if place.as_deref() == Some(mountpoint) {
             let after_dash = fields.iter().position(|f| *f == b"-").and_then(|at| fields.get(at + 1));
-            topmost = after_dash.is_some_and(|kind| *kind == FILESYSTEM_TYPE.as_bytes());
+            let is_regfs = after_dash.is_some_and(|kind| *kind == FILESYSTEM_TYPE.as_bytes());
+            let device = fields.get(2).map_or_else(Vec::new, |device| device.to_vec());
+            topmost = Some(MountEntry { device, is_regfs });
         }
     }
     Ok(topmost)

@@ -3,7 +3,7 @@
 //! A push can adopt a blob after the mark and before the sweep. As long as a transaction exists, whatever in it
 //! is in use again moves back: blobs that a manifest names or that a layer link was written for (taking a blob
 //! takes all links to it, so this one is newer), layer links that a manifest of their repository needs, revisions
-//! that an index of their repository names.
+//! that an index or a tag of their repository names.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,28 @@ use crate::layout::{self, Kind};
 use crate::store::Store;
 use crate::trash::{self, Contents};
 
-/// Moves back what `catalog` names; returns the paths, in the order they came back.
-pub fn give_back(store: &dyn Store, catalog: &Catalog) -> Result<Vec<PathBuf>> {
+/// Moves back what `catalog` names, and what that names in turn; returns the catalog afterwards and the paths, in the
+/// order they came back.
+///
+/// A manifest whose bytes lie in the trash can't say what it names before they are back, so this looks again with
+/// `look` until nothing more comes. Each round but the last empties the trash a bit, so there is a last one.
+pub fn give_back(
+    store: &dyn Store,
+    mut catalog: Catalog,
+    look: &dyn Fn(&Catalog) -> Result<Catalog>,
+) -> Result<(Catalog, Vec<PathBuf>)> {
+    let mut all = Vec::new();
+    loop {
+        let restored = give_back_once(store, &catalog)?;
+        if restored.is_empty() {
+            return Ok((catalog, all));
+        }
+        all.extend(restored);
+        catalog = look(&catalog)?;
+    }
+}
+
+fn give_back_once(store: &dyn Store, catalog: &Catalog) -> Result<Vec<PathBuf>> {
     let mut restored = Vec::new();
     let transactions = trash::contents(store)?;
     if transactions.is_empty() {
@@ -105,7 +125,7 @@ fn give_back_from(
     }
 }
 
-/// What the manifests of a repository name, the manifests themselves left out unless another one names them.
+/// What the manifests and tags of a repository name, manifests left out that neither a tag nor another one names.
 fn needs_of<'a>(catalog: &Catalog, needs: &'a mut HashMap<PathBuf, IdSet>, name: PathBuf) -> &'a IdSet {
     needs.entry(name).or_insert_with_key(|name| {
         let Some(repository) = catalog.repository(name) else { return IdSet::default() };
@@ -113,6 +133,10 @@ fn needs_of<'a>(catalog: &Catalog, needs: &'a mut HashMap<PathBuf, IdSet>, name:
         let mut named: Vec<DigestId> = Vec::new();
         for target in targets {
             named.extend(catalog.closure(target).into_iter().skip(1));
+        }
+        // A push writes its tag last: one that points at nothing raced with a removal that could not see it yet.
+        for target in repository.tags.iter().filter_map(|t| t.target) {
+            named.extend(catalog.closure(target));
         }
         named.into_iter().collect()
     })

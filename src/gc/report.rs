@@ -1,7 +1,8 @@
 //! Report: what a run decided and did, as text and as JSON.
 
 use std::fmt::Write as _;
-use std::time::SystemTime;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
 use serde::Serialize;
@@ -56,7 +57,7 @@ pub struct Report {
     /// What could not be read or does not belong, and what is kept because of it.
     pub problems: Vec<ReportedProblem>,
     #[serde(skip)]
-    grace: std::time::Duration,
+    grace: Duration,
 }
 
 /// Garbage that is too young.
@@ -81,9 +82,13 @@ pub struct ReportedProblem {
     pub effect: String,
 }
 
-/// RFC 3339, whole seconds.
+/// The last second that RFC 3339 can write, the end of the year 9999.
+const LAST_SECOND: Duration = Duration::from_secs(253_402_300_799);
+
+/// RFC 3339, whole seconds; file times and ages beyond the year 9999 show as its end.
 pub fn timestamp(time: SystemTime) -> String {
-    humantime::format_rfc3339_seconds(time).to_string()
+    let writable = time.clamp(SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH + LAST_SECOND);
+    humantime::format_rfc3339_seconds(writable).to_string()
 }
 
 /// Bytes for people.
@@ -118,6 +123,11 @@ impl Report {
             problems: catalog.problems.iter().chain(&plan.problems).map(problem).collect(),
             grace: options.grace,
         }
+    }
+
+    /// Adds what was given back.
+    pub fn set_restored(&mut self, paths: &[PathBuf]) {
+        self.restored.extend(paths.iter().map(|path| path.display().to_string()));
     }
 
     /// Describes what was taken of `plan`.

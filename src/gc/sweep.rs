@@ -1,11 +1,14 @@
 //! Sweep: moves what a plan says into a transaction of the trash.
 //!
-//! Goes on after a failure and reports each one; what was moved by then can be undone or purged like the rest.
+//! Goes on after a failure and reports each one; what was moved by then can be undone or purged like the rest. What a
+//! manifest or a link that could not be moved leads to stays, so that neither is left without its bytes.
 
 use std::path::Path;
 
 use super::plan::{Item, ItemKind, Plan};
 use super::{Options, Progress};
+use crate::catalog::Catalog;
+use crate::catalog::intern::IdSet;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::store::Store;
@@ -22,9 +25,10 @@ pub struct Taken {
     pub failures: Vec<Error>,
 }
 
-/// Takes the items of `plan` in their order.
+/// Takes the items of `plan` in their order; fails only before the first change. `catalog` is what the plan was made of.
 pub fn take(
     store: &dyn Store,
+    catalog: &Catalog,
     plan: &Plan,
     options: &Options,
     author: &Author,
@@ -37,28 +41,44 @@ pub fn take(
     let mut taken = Taken { transaction: Some(transaction.id().to_string()), ..Taken::default() };
     progress.phase("take", plan.items.len());
     let mut last = None;
+    let mut needed = IdSet::default();
     for (at, item) in plan.items.iter().enumerate() {
         if progress.is_stopped() {
             break;
         }
         // The next kind relies on the one before being gone for good: no link may outlive its blob in a crash.
-        if last.is_some_and(|kind| kind != item.kind) {
-            store.sync()?;
+        if last.is_some_and(|kind| kind != item.kind)
+            && let Err(e) = store.sync()
+        {
+            taken.failures.push(e);
+            break;
         }
         last = Some(item.kind);
+        let id = catalog.tables.digests.find(&item.digest);
+        if id.is_some_and(|id| needed.contains(id)) {
+            continue;
+        }
         match take_one(store, &transaction, item, options) {
             Ok(true) => taken.items.push(at),
             Ok(false) => {}
-            Err(e) => taken.failures.push(e),
+            Err(e) => {
+                taken.failures.push(e);
+                for below in id.into_iter().flat_map(|id| catalog.closure(id)) {
+                    needed.insert(below);
+                    for stored in catalog.aliases.get(&below).into_iter().flatten() {
+                        needed.insert(*stored);
+                    }
+                }
+            }
         }
         progress.step();
     }
     if taken.items.is_empty() {
         // Everything was gone or failed: an empty transaction would only puzzle people.
-        transaction.discard_if_empty(store)?;
+        taken.failures.extend(transaction.discard_if_empty(store).err());
         taken.transaction = None;
     }
-    store.sync()?;
+    taken.failures.extend(store.sync().err());
     Ok(taken)
 }
 

@@ -1,8 +1,8 @@
 //! Purge: the bytes of a transaction are gone for good.
 //!
 //! # Rules kept here
-//! 1. What a transaction that stays could bring back by undo is not purged: blobs and layer links that its
-//!    manifests name remain in theirs until it goes, too. A manifest there that can't be read protects everything.
+//! 1. What a transaction that stays could bring back by undo is not purged: blobs, links and revisions that its tags
+//!    and manifests name remain in theirs until it goes, too. A manifest there that can't be read protects everything.
 //! 2. Order: tags, revisions, layer links, blobs, and the description last, so that an undo after a crash in
 //!    between gives back a valid registry.
 //!
@@ -11,7 +11,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use super::undo::{named_by, revisions};
+use super::undo::{claims, named_by};
 use super::{Contents, contents, find, order_of_return};
 use bytesize::ByteSize;
 
@@ -59,12 +59,18 @@ pub fn purge(store: &dyn Store, ids: &[String]) -> Result<Purged> {
         doomed.push(find(&all, id)?);
     }
     let staying = all.iter().filter(|t| !ids.contains(&t.id));
-    let mut protected: BTreeSet<Digest> = BTreeSet::new();
+    let mut protected = Protected::default();
     let mut unclear = None;
     for transaction in staying {
-        for (repository, digest) in revisions(transaction) {
+        for (repository, digest) in claims(store, transaction)? {
             let named = named_by(store, &all, &repository, &digest)?;
-            protected.extend(named.digests);
+            let own = |digest: &&Digest| {
+                let link = layout::revision_link(&repository, digest);
+                transaction.files.binary_search(&link).is_err()
+            };
+            let revisions = named.digests.iter().filter(own);
+            protected.revisions.extend(revisions.map(|digest| (repository.clone(), *digest)));
+            protected.contents.extend(named.digests);
             if named.is_unclear {
                 unclear = Some(&transaction.id);
             }
@@ -85,15 +91,25 @@ pub fn purge(store: &dyn Store, ids: &[String]) -> Result<Purged> {
     Ok(purged)
 }
 
+/// What the undo of transactions that stay needs.
+#[derive(Default)]
+struct Protected {
+    /// Blobs and layer links.
+    contents: BTreeSet<Digest>,
+    /// Revisions that the transaction which needs them doesn't hold itself.
+    revisions: BTreeSet<(PathBuf, Digest)>,
+}
+
 fn purge_one(
     store: &dyn Store,
     transaction: &Contents,
-    protected: &BTreeSet<Digest>,
+    protected: &Protected,
     purged: &mut Purged,
 ) -> Result<()> {
     let is_protected = |path: &PathBuf| match layout::classify(path) {
-        Kind::Blob(digest) | Kind::LayerLink(_, digest) => protected.contains(&digest),
-        Kind::Revision(..) | Kind::Tag(..) | Kind::Other => false,
+        Kind::Blob(digest) | Kind::LayerLink(_, digest) => protected.contents.contains(&digest),
+        Kind::Revision(repository, digest) => protected.revisions.contains(&(repository, digest)),
+        Kind::Tag(..) | Kind::Other => false,
     };
     let (kept, mut gone): (Vec<PathBuf>, Vec<PathBuf>) =
         transaction.files.iter().cloned().partition(is_protected);
@@ -136,7 +152,7 @@ pub fn undone_only_with(store: &dyn Store, id: &str) -> Result<Vec<String>> {
     let blobs: BTreeSet<Digest> = blobs.collect();
     let mut dependent = Vec::new();
     for transaction in all.iter().filter(|t| t.id != id) {
-        for (repository, digest) in revisions(transaction) {
+        for (repository, digest) in claims(store, transaction)? {
             if !named_by(store, &all, &repository, &digest)?.digests.is_disjoint(&blobs) {
                 dependent.push(transaction.id.clone());
                 break;

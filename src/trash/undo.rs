@@ -108,7 +108,7 @@ fn content(store: &dyn Store, path: &Path) -> Result<Option<Vec<u8>>> {
     Ok(store.read(path, layout::LINK_LIMIT)?.map(|(content, _)| content))
 }
 
-/// Paths in the store of all that the revisions in `own` name: blobs, and the layer links of their repositories.
+/// Paths in the store of all that the tags and revisions in `own` name: blobs, and the layer links of their repositories.
 fn named_paths(
     store: &dyn Store,
     all: &[Contents],
@@ -116,7 +116,7 @@ fn named_paths(
     missing: &mut Vec<Digest>,
 ) -> Result<BTreeSet<PathBuf>> {
     let mut paths = BTreeSet::new();
-    for (repository, digest) in revisions(own) {
+    for (repository, digest) in claims(store, own)? {
         for named in named_by(store, all, &repository, &digest)?.digests {
             let data = layout::blob_data(&named);
             if find_file(store, all, &data)?.is_none() && named.algorithm() == Algorithm::Sha256 {
@@ -131,15 +131,34 @@ fn named_paths(
     Ok(paths)
 }
 
-/// The revisions in a transaction.
-pub(super) fn revisions(contents: &Contents) -> Vec<(PathBuf, Digest)> {
-    let classified = contents.files.iter().map(|path| layout::classify(path));
-    classified
-        .filter_map(|kind| match kind {
-            Kind::Revision(repository, digest) => Some((repository, digest)),
-            _ => None,
-        })
-        .collect()
+/// The manifests that a transaction lays claim to: its revisions, and what its tags point at. Of two tags of one
+/// manifest that two transactions took, only the later one holds the revision. A tag whose revision stands needs
+/// nothing: that holds all it names itself.
+pub(super) fn claims(store: &dyn Store, contents: &Contents) -> Result<BTreeSet<(PathBuf, Digest)>> {
+    let mut claims = BTreeSet::new();
+    for unit in contents.units() {
+        match layout::classify(unit) {
+            Kind::Revision(repository, digest) => {
+                claims.insert((repository, digest));
+            }
+            Kind::Tag(repository, tag) => {
+                let link = contents.path_of(&layout::tag_link(&repository, &tag));
+                let target = match store.read(&link, layout::LINK_LIMIT) {
+                    Ok(content) => content.and_then(|(text, _)| layout::parse_link(&text).ok()),
+                    // A broken tag leads nowhere.
+                    Err(e) if e.is_damage() => None,
+                    Err(e) => return Err(e),
+                };
+                if let Some(digest) = target
+                    && store.stat(&layout::revision_link(&repository, &digest))?.is_none()
+                {
+                    claims.insert((repository, digest));
+                }
+            }
+            Kind::Blob(_) | Kind::LayerLink(..) | Kind::Other => {}
+        }
+    }
+    Ok(claims)
 }
 
 /// What a manifest leads to.

@@ -45,6 +45,9 @@ pub fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
 pub fn parse_gc(text: &str, defaults: &Options) -> Result<GcCommand> {
     let wrong = |why: String| Error::invalid(format!("{why}; understood is: {GC_GRAMMAR}"));
     let text = text.trim();
+    if text.contains('\n') {
+        return Err(wrong("more than one line".to_string()));
+    }
     let (text, background) = match text.strip_suffix('&') {
         Some(rest) => (rest, true),
         None => (text, false),
@@ -128,6 +131,7 @@ mod tests {
             "sweep later",
             "stop now",
             "\0",
+            "sweep\nnow",
         ] {
             let error = parse_gc(wrong, &defaults).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL);

@@ -521,7 +521,11 @@ pub(super) fn flat(path: &Path) -> String {
 
 /// A text as a file name.
 pub(super) fn file_name(text: &str) -> String {
-    text.chars().map(|c| if c == '/' || c.is_control() { '_' } else { c }).take(200).collect()
+    match text {
+        // As names these mean directories.
+        "." | ".." => text.replace('.', "_"),
+        _ => text.chars().map(|c| if c == '/' || c.is_control() { '_' } else { c }).take(200).collect(),
+    }
 }
 
 /// `name`, with the digest behind it where that name is taken.

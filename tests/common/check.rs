@@ -84,16 +84,18 @@ impl Live {
     /// Asserts that whatever was live is there with the same bytes.
     #[track_caller]
     pub(crate) fn assert_intact(&self) {
-        let lost: Vec<String> = self
-            .files
-            .iter()
-            .filter_map(|(path, digest)| match fs::read(self.registry.join(path)) {
-                Ok(content) if sha256(&content) == *digest => None,
-                Ok(_) => Some(format!("{} has other bytes now", path.display())),
-                Err(why) => Some(format!("{}: {why}", path.display())),
-            })
-            .collect();
+        let lost = self.lost();
         assert!(lost.is_empty(), "live data lost:\n  {}", lost.join("\n  "));
+    }
+
+    /// What was live and is not there with the same bytes, a line each.
+    pub(crate) fn lost(&self) -> Vec<String> {
+        let lost = |(path, digest): (&PathBuf, &String)| match fs::read(self.registry.join(path)) {
+            Ok(content) if sha256(&content) == *digest => None,
+            Ok(_) => Some(format!("{} has other bytes now", path.display())),
+            Err(why) => Some(format!("{}: {why}", path.display())),
+        };
+        self.files.iter().filter_map(lost).collect()
     }
 
     /// Asserts that nothing live lacks anything.

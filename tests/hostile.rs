@@ -1,0 +1,291 @@
+//! What an administrator may meet when things happen in an odd order: nothing live is lost, every undo works.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::time::Duration;
+
+use common::check::Live;
+use common::gc::{gc, gc_outcome, transactions};
+use common::image::{Image, layer};
+use common::mount::Mount;
+use common::run::{Bounded, regfs};
+use common::store::{Store, put};
+use common::{have, wait_for};
+
+const APP: &str = "team/app";
+
+fn image(name: &str) -> Image {
+    Image::oci(name, &[layer("first", name), layer("second", name)])
+}
+
+/// What a registry with a warm cache does when an image is pushed again whose bytes a sweep has taken: it writes the
+/// revision and the tag, and nothing else.
+fn push_from_memory(store: &Store, tag: &str, digest: &str) {
+    put(&store.revision_link(APP, digest), digest.as_bytes());
+    store.tag(APP, tag, digest);
+}
+
+/// A store with an image that lies in the trash but for its tag, and what a pull of it needs.
+fn swept(image: &Image) -> (Store, String, Live) {
+    let store = Store::new();
+    let digest = store.push(APP, Some("1"), image);
+    let live = Live::of_repository(store.root(), APP);
+    assert!(live.problems.is_empty(), "{:?}", live.problems);
+    fs::remove_dir_all(store.repository(APP, "_manifests/tags/1")).unwrap();
+    assert!(gc(store.root(), &["--untagged", "--grace", "0"]).transaction.is_some());
+    (store, digest, live)
+}
+
+#[test]
+fn a_purge_gives_back_all_that_a_returned_manifest_names() {
+    let (store, digest, live) = swept(&image("plain"));
+    push_from_memory(&store, "1", &digest);
+    regfs(["trash"]).arg(store.root()).arg("purge").outcome().exits(0);
+    live.assert_intact();
+}
+
+#[test]
+fn a_purge_gives_back_all_that_a_returned_index_names() {
+    let (store, digest, live) = swept(&Image::index(&[("amd64", &image("a")), ("arm64", &image("b"))]));
+    push_from_memory(&store, "1", &digest);
+    regfs(["trash"]).arg(store.root()).arg("purge").outcome().exits(0);
+    live.assert_intact();
+}
+
+#[test]
+fn a_sweep_that_frees_gives_back_all_that_a_returned_manifest_names() {
+    for options in [&["--grace", "0", "--now"][..], &["--keep", "0", "--grace", "0"]] {
+        let (store, digest, live) = swept(&image("plain"));
+        std::thread::sleep(Duration::from_millis(1100));
+        push_from_memory(&store, "1", &digest);
+        gc(store.root(), options);
+        live.assert_intact();
+    }
+}
+
+#[test]
+fn a_tag_that_a_push_wrote_last_gets_its_manifest_back() {
+    let (store, digest, live) = swept(&image("plain"));
+    store.tag(APP, "1", &digest);
+    gc(store.root(), &["--grace", "0"]);
+    live.assert_intact();
+}
+
+#[test]
+fn the_mount_gives_back_all_that_a_returned_manifest_names() {
+    if !have(&["fuse"]) {
+        return;
+    }
+    let (store, digest, live) = swept(&Image::index(&[("amd64", &image("a"))]));
+    let mount = Mount::of(store.root());
+    push_from_memory(&store, "1", &digest);
+    wait_for("the image to be whole", Duration::from_secs(10), || {
+        mount.list("images");
+        live.lost().is_empty().then_some(())
+    });
+}
+
+#[test]
+fn the_mount_gives_back_what_it_could_not_while_another_regfs_had_the_lock() {
+    if !have(&["fuse"]) {
+        return;
+    }
+    let (store, digest, live) = swept(&image("plain"));
+    let mount = Mount::of(store.root());
+    let lock = fs::File::open(store.path(".regfs/lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    push_from_memory(&store, "1", &digest);
+    for _ in 0..30 {
+        mount.list("images");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop(lock);
+    wait_for("the image to be whole", Duration::from_secs(10), || {
+        mount.list("images");
+        live.lost().is_empty().then_some(())
+    });
+}
+
+#[test]
+fn an_undo_of_a_tag_brings_its_manifest_too() {
+    if !have(&["fuse"]) {
+        return;
+    }
+    let store = Store::new();
+    let digest = store.push(APP, Some("1"), &image("plain"));
+    store.tag(APP, "2", &digest);
+    let live = Live::of_repository(store.root(), APP);
+    let mount = Mount::of(store.root());
+    // By different processes, as two `rm` are, so that these are two transactions.
+    for tag in ["1", "2"] {
+        common::run::sh(mount.point(), &format!("rm images/{APP}/_tags/{tag}")).outcome().exits(0);
+    }
+    mount.unmount();
+    gc(store.root(), &["--grace", "0"]);
+    let ids = transactions(store.root());
+    let oldest = ids.last().unwrap();
+    regfs(["trash"]).arg(store.root()).args(["undo", oldest]).outcome().exits(0);
+    assert!(store.revision_link(APP, &digest).exists(), "the tag leads nowhere");
+    let now = Live::of_repository(store.root(), APP);
+    assert!(now.problems.is_empty(), "{:?}", now.problems);
+    assert_eq!(now.blobs, live.blobs);
+}
+
+#[test]
+fn a_purge_keeps_what_the_undo_of_a_tag_needs() {
+    if !have(&["fuse"]) {
+        return;
+    }
+    let store = Store::new();
+    let digest = store.push(APP, Some("1"), &image("plain"));
+    store.tag(APP, "2", &digest);
+    let mount = Mount::of(store.root());
+    for tag in ["1", "2"] {
+        common::run::sh(mount.point(), &format!("rm images/{APP}/_tags/{tag}")).outcome().exits(0);
+    }
+    mount.unmount();
+    gc(store.root(), &["--grace", "0"]);
+    let ids = transactions(store.root());
+    let (oldest, newer) = ids.split_last().unwrap();
+    for id in newer {
+        regfs(["trash"]).arg(store.root()).args(["purge", id]).outcome().exits(0);
+    }
+    regfs(["trash"]).arg(store.root()).args(["undo", oldest]).outcome().exits(0);
+    let now = Live::of_repository(store.root(), APP);
+    assert!(now.problems.is_empty(), "{:?}", now.problems);
+}
+
+#[test]
+fn a_sweep_that_cannot_purge_still_says_what_it_took() {
+    if !have(&["fuse"]) {
+        return;
+    }
+    let store = Store::new();
+    let digest = store.push(APP, Some("1"), &image("damaged"));
+    fs::write(store.blob(&digest), "no manifest").unwrap();
+    let old = store.put_blob(b"old garbage");
+    let place = store.path(".regfs/trash/20200101-000000-sweep");
+    put(&place.join(common::check::blob_path(&old)), b"old garbage");
+    let record = r#"{"id":"20200101-000000-sweep","time":"2020-01-01T00:00:00Z","uid":0,"pid":1,"command":"","reason":""}"#;
+    put(&place.join("txn.json"), record.as_bytes());
+    let mount = Mount::of(store.root());
+    mount.rm(&format!("images/{APP}/_tags/1"));
+    mount.rm(&format!("images/{APP}/_manifests/{}", digest.replace(':', "/")));
+    mount.unmount();
+    let outcome = gc_outcome(store.root(), &["--grace", "0"]).exits(3);
+    let report = common::gc::Report::parse(&outcome);
+    assert!(!report.taken.is_empty() && !report.failures.is_empty(), "{outcome}");
+}
+
+#[test]
+fn blobs_without_any_repositories_are_not_called_garbage() {
+    let store = Store::new();
+    store.push(APP, Some("1"), &image("plain"));
+    fs::rename(store.path("repositories"), store.root().join("elsewhere")).unwrap();
+    gc_outcome(store.root(), &["--grace", "0"]).exits(1).says("repositories");
+}
+
+#[test]
+fn a_grace_beyond_all_calendars_is_no_panic() {
+    let store = Store::new();
+    store.put_blob(b"garbage");
+    gc(store.root(), &["--dry-run", "--grace", "9000y"]);
+}
+
+#[test]
+fn a_transaction_that_broke_off_at_its_description_can_be_purged() {
+    let store = Store::new();
+    put(&store.path(".regfs/trash/20200101-000000-rm/txn.json.tmp"), b"");
+    regfs(["trash"]).arg(store.root()).arg("purge").outcome().exits(0);
+    assert!(transactions(store.root()).is_empty());
+}
+
+#[test]
+fn a_mount_answers_while_removals_wait() {
+    if !have(&["fuse"]) {
+        return;
+    }
+    let store = Store::new();
+    for tag in ["1", "2", "3", "4", "5", "6"] {
+        store.push(&format!("app{tag}"), Some(tag), &image(tag));
+    }
+    let mount = Mount::of(store.root());
+    put(&store.path(".regfs/lock"), b"");
+    let lock = fs::File::open(store.path(".regfs/lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    std::thread::scope(|scope| {
+        for tag in 1..=6 {
+            let path = mount.path(format!("images/app{tag}/_tags/{tag}"));
+            scope.spawn(move || fs::remove_file(path).unwrap_err());
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        let began = std::time::Instant::now();
+        mount.read("README");
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    });
+}
+
+#[test]
+fn a_daemon_takes_no_mount_away_but_its_own() {
+    if !have(&["fuse", "root"]) {
+        return;
+    }
+    let store = Store::new();
+    store.push(APP, Some("1"), &image("plain"));
+    let mount = Mount::of(store.root());
+    let old = mount.pid();
+    let terminate = || rustix::process::kill_process(old, rustix::process::Signal::TERM).unwrap();
+    // Whoever has a file open keeps the old daemon alive.
+    let open = fs::File::open(mount.path("README")).unwrap();
+    terminate();
+    wait_for("the old mount to go", Duration::from_secs(10), || {
+        (!common::mount::is_mounted(mount.point())).then_some(())
+    });
+    mount.start(store.root(), &[]).exits(0);
+    terminate();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(common::mount::is_mounted(mount.point()), "the old daemon unmounted the new one");
+    drop(open);
+}
+
+#[test]
+fn mount_takes_a_double_dash() {
+    if !have(&["fuse"]) {
+        return;
+    }
+    let store = Store::new();
+    let point = common::scratch();
+    regfs(["mount", "--"]).arg(store.root()).arg(point.path()).outcome().exits(0);
+    regfs(["umount"]).arg(point.path()).outcome().exits(0);
+}
+
+#[test]
+fn a_sweep_keeps_the_blobs_of_a_manifest_that_cannot_be_moved() {
+    let bin = common::scratch();
+    let store = Store::new();
+    let digest = store.push(APP, None, &image("stuck"));
+    store.put_blob(b"garbage");
+    if common::is_root() {
+        common::chown_all(store.root(), common::NOBODY, common::NOBODY);
+    }
+    let live = Live::of(store.root(), common::check::Roots::Revisions);
+    let link = store.revision_link(APP, &digest);
+    let dir = link.parent().unwrap();
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o555)).unwrap();
+    let copy = bin.path().join("regfs");
+    fs::copy(env!("CARGO_BIN_EXE_regfs"), &copy).unwrap();
+    let mut command = common::run::clean(copy);
+    if common::is_root() {
+        command.uid(common::NOBODY).gid(common::NOBODY);
+    }
+    let outcome = command.arg("gc").arg(store.root()).args(["--untagged", "--grace", "0", "--now"]).outcome();
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+    outcome.exits(3);
+    live.assert_intact();
+    assert!(!store.blob(&common::check::sha256(b"garbage")).exists(), "the rest goes");
+}
