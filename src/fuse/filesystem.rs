@@ -10,6 +10,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -132,7 +133,15 @@ impl RegistryFilesystem {
         Ok(Handle::Directory(entries.into()))
     }
 
-    fn open_file(&self, node: Node, mode: OpenAccMode) -> Result<(Handle, FopenFlags)> {
+    fn target(&self, inode: INodeNo) -> Result<std::path::PathBuf> {
+        let snapshot = self.engine.snapshot();
+        let target = Node::of_inode(inode.0).and_then(|node| self.engine.view(&snapshot).target(node));
+        target.ok_or_else(|| Error::NotFound { what: format!("inode {inode}") })
+    }
+
+    fn open_file(&self, inode: INodeNo, mode: OpenAccMode) -> Result<(Handle, FopenFlags)> {
+        let missing = || Error::NotFound { what: format!("inode {inode}") };
+        let node = Node::of_inode(inode.0).ok_or_else(missing)?;
         let is_writable = self.engine.is_command(node) && !self.engine.settings().read_only;
         if mode != OpenAccMode::O_RDONLY && !is_writable {
             return Err(Error::ReadOnly);
@@ -146,7 +155,7 @@ impl RegistryFilesystem {
                 None if matches!(node, Node::Blob(_) | Node::Upload(..)) => {
                     return Ok((Handle::Text(Arc::default()), FopenFlags::FOPEN_DIRECT_IO));
                 }
-                None => return Err(Error::NotFound { what: path.display().to_string() }),
+                None => return Err(missing()),
             };
             let flags = match node {
                 // Content under a digest never changes.
@@ -155,8 +164,7 @@ impl RegistryFilesystem {
             };
             return Ok((Handle::Bytes(reader), flags));
         }
-        let text = self.engine.text(&snapshot, node);
-        let text = text.ok_or_else(|| Error::NotFound { what: format!("{node:?}") })?;
+        let text = self.engine.text(&snapshot, node).ok_or_else(missing)?;
         // Its size may differ from what stat said a moment ago.
         Ok((Handle::Text(text), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH))
     }
@@ -171,7 +179,7 @@ impl RegistryFilesystem {
     ) {
         let Some(parent) = Node::of_inode(parent.0) else { return reply.error(Errno::ENOENT) };
         let (engine, name) = (self.engine.clone(), name.to_os_string());
-        let run = move || match act(&engine, parent, &name) {
+        let run = move || match guarded(|| act(&engine, parent, &name)) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(errno(&e)),
         };
@@ -192,6 +200,15 @@ impl RegistryFilesystem {
             _ => None,
         }
     }
+}
+
+/// Answers a call; a panic is a bug of ours, which must not take the mount down with it.
+fn guarded<T>(answer: impl FnOnce() -> Result<T>) -> Result<T> {
+    // What a panic may leave half-done stands behind locks whose holders expect that.
+    catch_unwind(AssertUnwindSafe(answer)).unwrap_or_else(|_| {
+        let broken = std::io::Error::from_raw_os_error(libc::EIO);
+        Err(Error::io("answer, because of a bug in regfs,", Path::new("a call of the kernel"), broken))
+    })
 }
 
 /// Who sent a request, for the log and for `txn.json`.
@@ -240,14 +257,14 @@ impl Filesystem for RegistryFilesystem {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.find(parent, name) {
+        match guarded(|| self.find(parent, name)) {
             Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
             Err(e) => reply.error(errno(&e)),
         }
     }
 
     fn getattr(&self, _request: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
-        match self.stat(inode) {
+        match guarded(|| self.stat(inode)) {
             Ok(attr) => reply.attr(&TTL, &attr),
             Err(e) => reply.error(errno(&e)),
         }
@@ -274,7 +291,7 @@ impl Filesystem for RegistryFilesystem {
         // `echo x > file` truncates before it writes; a command file has nothing to truncate.
         let is_command = Node::of_inode(inode.0).is_some_and(|node| self.engine.is_command(node));
         let only_truncates = size.is_some() && mode.is_none() && uid.is_none() && gid.is_none();
-        match self.stat(inode) {
+        match guarded(|| self.stat(inode)) {
             Ok(attr) if is_command && only_truncates && !self.engine.settings().read_only => {
                 reply.attr(&TTL, &attr);
             }
@@ -284,19 +301,16 @@ impl Filesystem for RegistryFilesystem {
     }
 
     fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
-        let snapshot = self.engine.snapshot();
-        match Node::of_inode(inode.0).and_then(|node| self.engine.view(&snapshot).target(node)) {
-            Some(target) => reply.data(target.as_os_str().as_encoded_bytes()),
-            None => reply.error(Errno::ENOENT),
+        match guarded(|| self.target(inode)) {
+            Ok(target) => reply.data(target.as_os_str().as_encoded_bytes()),
+            Err(e) => reply.error(errno(&e)),
         }
     }
 
     fn open(&self, _request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let opened = Node::of_inode(inode.0).map(|node| self.open_file(node, flags.acc_mode()));
-        match opened {
-            Some(Ok((handle, flags))) => reply.opened(self.open_handle(handle), flags),
-            Some(Err(e)) => reply.error(errno(&e)),
-            None => reply.error(Errno::ENOENT),
+        match guarded(|| self.open_file(inode, flags.acc_mode())) {
+            Ok((handle, flags)) => reply.opened(self.open_handle(handle), flags),
+            Err(e) => reply.error(errno(&e)),
         }
     }
 
@@ -386,7 +400,7 @@ impl Filesystem for RegistryFilesystem {
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.list(inode) {
+        match guarded(|| self.list(inode)) {
             Ok(handle) => reply.opened(self.open_handle(handle), FopenFlags::empty()),
             Err(e) => reply.error(errno(&e)),
         }
