@@ -48,21 +48,26 @@ impl Engine {
         let Some((repository, target, path)) = self.target(parent, name)? else {
             return Err(refusal(parent));
         };
-        let result =
-            self.change(&repository, &path, author, |engine, changing, catalog, found| match target {
+        let remove = || {
+            self.change(&repository, author, |changing, catalog, found| match target {
                 Target::Upload(upload) => {
                     let upload = catalog.name(upload);
-                    let grace = engine.settings.grace;
-                    let mut begin = || engine.transaction(changing, author, &path);
-                    edit::take_upload(&*engine.store, &repository, &upload, grace, &mut begin)?;
-                    Ok(rescan(&*engine.store, catalog, &repository))
+                    let mut begin = || self.transaction(changing, author, &path);
+                    edit::take_upload(&*self.store, &repository, &upload, self.settings.grace, &mut begin)?;
+                    Ok(rescan(&*self.store, catalog, &repository))
                 }
                 _ => {
                     let removal = removal(catalog, found, &target)?;
-                    let transaction = engine.transaction(changing, author, &path)?;
-                    edit::take(&*engine.store, catalog, found, &removal, &transaction)
+                    let transaction = self.transaction(changing, author, &path)?;
+                    edit::take(&*self.store, catalog, found, &removal, &transaction)
                 }
-            });
+            })
+        };
+        // The open transaction holds an earlier thing of the same name; the failure closed it, so this begins another.
+        let result = match remove() {
+            Err(Error::Exists { .. }) => remove(),
+            result => result,
+        };
         let said = result.as_ref().map_or_else(ToString::to_string, |()| "moved to the trash".to_string());
         self.note(author, "rm", &path, &said);
         result
@@ -157,16 +162,15 @@ impl Engine {
     fn change(
         &self,
         repository: &Path,
-        _path: &str,
         author: &Author,
-        act: impl FnOnce(&Engine, &mut MutexGuard<'_, Option<Open>>, &Catalog, &Repository) -> Result<Catalog>,
+        act: impl FnOnce(&mut MutexGuard<'_, Option<Open>>, &Catalog, &Repository) -> Result<Catalog>,
     ) -> Result<()> {
         let mut changing = locked(&self.changing);
         let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
         let catalog = rescan(&*self.store, &self.current().catalog, repository);
         let found = catalog.repository(repository).cloned();
         let found = found.ok_or_else(|| Error::NotFound { what: repository.display().to_string() })?;
-        let result = act(self, &mut changing, &catalog, &found);
+        let result = act(&mut changing, &catalog, &found);
         if result.is_err() {
             // Whatever is in it, the next try gets one of its own.
             *changing = None;
