@@ -26,7 +26,7 @@ pub type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 /// Shows a Docker/OCI registry's storage as a file tree, deletes with rm, and collects garbage.
 ///
-/// <STORE> is the registry's rootdirectory (it holds docker/registry/v2), or the registry's config.yml.
+/// STORE is the registry's rootdirectory (it holds docker/registry/v2), or the registry's config.yml.
 #[derive(Parser, Debug)]
 #[command(name = "regfs", version, arg_required_else_help = true, after_help = AFTER_HELP)]
 struct Args {
