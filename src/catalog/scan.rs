@@ -80,7 +80,10 @@ pub fn rescan(store: &dyn Store, previous: &Catalog, name: &Path) -> Catalog {
         Some(repository) => drop(catalog.repositories.insert(name.to_path_buf(), Arc::new(repository))),
         None => drop(catalog.repositories.remove(name)),
     }
-    if manifests.keys().any(|id| !catalog.manifests.contains_key(id)) {
+    let is_news = |(id, m): (&DigestId, &Arc<Manifest>)| {
+        catalog.manifests.get(id).is_none_or(|known| !known.says_the_same_as(m))
+    };
+    if manifests.iter().any(is_news) {
         Arc::make_mut(&mut catalog.manifests).extend(manifests);
     }
     if aliases.iter().any(|(id, targets)| catalog.aliases.get(id) != Some(targets)) {
