@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::digest::Digest;
+use crate::layout;
 use crate::manifest::Kind;
 use crate::store::Stat;
 use intern::{DigestId, Digests, IdSet, NameId, Names};
@@ -336,6 +337,21 @@ impl Catalog {
             && self.aliases == other.aliases
             && self.problems == other.problems
             && same_manifests()
+    }
+
+    /// What stops collections and lies in a repository: in its directory, or in the bytes of one of its manifests.
+    pub fn obstacles_in<'a>(&'a self, name: &Path) -> impl Iterator<Item = &'a Problem> {
+        let parts = [layout::MANIFESTS, layout::LAYERS].map(|part| layout::repository(name).join(part));
+        let (place, repository) = (layout::repository(name), self.repository(name).cloned());
+        self.problems.iter().filter(|p| p.effect == Effect::StopsSweep).filter(move |problem| {
+            let is_bytes = |r: &Repository| {
+                let manifests = r.revisions.iter().flat_map(|r| self.closure(r.target));
+                manifests.into_iter().any(|id| layout::blob_data(&self.digest(id)) == problem.path)
+            };
+            problem.path == place
+                || parts.iter().any(|part| problem.path.starts_with(part))
+                || repository.as_ref().is_some_and(|r| is_bytes(r))
+        })
     }
 
     /// The lines to print when a collection can't run; empty when it can.

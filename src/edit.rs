@@ -50,7 +50,8 @@ pub fn removal_of_tag(catalog: &Catalog, repository: &Repository, tag: &Tag) -> 
 /// What goes with a manifest. Pure.
 ///
 /// # Errors
-/// [`Error::Busy`] while an index of the repository holds it.
+/// [`Error::Busy`] while an index of the repository holds it, [`Error::Unjudged`] when a call failed, so that what
+/// holds it is unknown.
 pub fn removal_of_manifest(catalog: &Catalog, repository: &Repository, digest: DigestId) -> Result<Removal> {
     let names_it = |m: &Parsed| m.children.iter().any(|d| d.digest == digest) || m.others.contains(&digest);
     let holder = repository
@@ -65,6 +66,10 @@ pub fn removal_of_manifest(catalog: &Catalog, repository: &Repository, digest: D
             repository.name.display(),
         );
         return Err(Error::Busy { why });
+    }
+    let problems: Vec<String> = catalog.obstacles_in(&repository.name).map(|p| p.what.clone()).collect();
+    if !problems.is_empty() {
+        return Err(Error::Unjudged { problems });
     }
     let tags = repository.tags.iter().filter(|t| t.target == Some(digest)).map(|t| t.name);
     Ok(Removal { tags: tags.collect(), revisions: [digest].into() })
@@ -198,10 +203,9 @@ fn take_in_order(
     for tag in removal.tags.iter().filter_map(|name| repository.tag(*name)) {
         let tag_name = catalog.name(tag.name);
         let path = layout::tag_dir(name, &tag_name);
-        if !transaction.take(store, &path)? {
+        if !take_noted(store, transaction, path, taken)? {
             continue;
         }
-        taken.push(path);
         let moved = transaction.path_of(&layout::tag_link(name, &tag_name));
         let points_at = match store.read(&moved, layout::LINK_LIMIT) {
             Ok(content) => content.and_then(|(text, _)| layout::parse_link(&text).ok()),
@@ -214,12 +218,14 @@ fn take_in_order(
         }
     }
     for id in &removal.revisions {
-        let path = layout::revision_link(name, &catalog.digest(*id));
-        if transaction.take(store, &path)? {
-            taken.push(path);
-        }
+        take_noted(store, transaction, layout::revision_link(name, &catalog.digest(*id)), taken)?;
     }
     let after = rescan(store, catalog, name);
+    let fresh = after.obstacles_in(name).filter(|p| !catalog.problems.contains(p));
+    let problems: Vec<String> = fresh.map(|p| p.what.clone()).collect();
+    if !problems.is_empty() {
+        return Err(Error::Unjudged { problems });
+    }
     if let Some(now) = after.repository(name) {
         let tagged = now.tags.iter().filter_map(|t| t.target);
         let named = now
@@ -235,6 +241,21 @@ fn take_in_order(
     }
     store.sync()?;
     Ok(after)
+}
+
+/// Takes `path` and notes it in `taken`, also when the call fails: then it may have moved all the same.
+fn take_noted(
+    store: &dyn Store,
+    transaction: &Transaction,
+    path: PathBuf,
+    taken: &mut Vec<PathBuf>,
+) -> Result<bool> {
+    taken.push(path.clone());
+    let was_there = transaction.take(store, &path)?;
+    if !was_there {
+        taken.pop();
+    }
+    Ok(was_there)
 }
 
 /// Whether something that stays named `id` already before the removal; then the removal was decided knowing it.
