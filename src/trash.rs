@@ -153,6 +153,11 @@ impl Contents {
         units
     }
 
+    /// Whether the file at `path` was taken by it.
+    pub fn holds(&self, path: &Path) -> bool {
+        self.files.binary_search_by(|file| file.as_path().cmp(path)).is_ok()
+    }
+
     /// Where a path of this transaction lies.
     pub fn path_of(&self, path: &Path) -> PathBuf {
         layout::transaction(&self.id).join(path)

@@ -3,19 +3,19 @@
 //! # Rules kept here
 //! 1. What a transaction that stays could bring back by undo is not purged: blobs, links and revisions that its tags
 //!    and manifests name remain in theirs until it goes, too. A manifest there that can't be read protects everything.
-//! 2. Order: tags, revisions, layer links, blobs, and the description last, so that an undo after a crash in
-//!    between gives back a valid registry.
+//! 2. Order, over all transactions: tags, revisions, layer links, blobs, with a sync between; a tag's history before
+//!    the tag, and the description last. So an undo after a crash in between gives back a valid registry.
+//! 3. A transaction of which something can't be removed stays, and with it what its undo needs.
 //!
 //! The caller has given back what live manifests name ([`crate::gc::guard`]) and holds the lock.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::undo::{claims, named_by};
+use super::undo::Needs;
 use super::{Contents, contents, find, order_of_return};
 use bytesize::ByteSize;
 
-use crate::digest::Digest;
 use crate::error::{Error, Result, count};
 use crate::layout::{self, Kind};
 use crate::store::Store;
@@ -58,22 +58,10 @@ pub fn purge(store: &dyn Store, ids: &[String]) -> Result<Purged> {
     for id in ids {
         doomed.push(find(&all, id)?);
     }
-    let staying = all.iter().filter(|t| !ids.contains(&t.id));
-    let mut protected = Protected::default();
-    let mut unclear = None;
-    for transaction in staying {
-        for (repository, digest) in claims(store, transaction)? {
-            let named = named_by(store, &all, &repository, &digest)?;
-            let own = |digest: &&Digest| {
-                let link = layout::revision_link(&repository, digest);
-                transaction.files.binary_search(&link).is_err()
-            };
-            let revisions = named.digests.iter().filter(own);
-            protected.revisions.extend(revisions.map(|digest| (repository.clone(), *digest)));
-            protected.contents.extend(named.digests);
-            if named.is_unclear {
-                unclear = Some(&transaction.id);
-            }
+    let (mut staying, mut unclear) = (Staying::default(), None);
+    for transaction in all.iter().filter(|t| !ids.contains(&t.id)) {
+        if staying.add(store, &all, transaction)? {
+            unclear = Some(&transaction.id);
         }
     }
     if let Some(id) = unclear {
@@ -84,76 +72,156 @@ pub fn purge(store: &dyn Store, ids: &[String]) -> Result<Purged> {
         });
     }
     let mut purged = Purged::default();
-    for transaction in doomed {
-        purge_one(store, transaction, &protected, &mut purged)?;
+    let mut doomed: Vec<Doomed<'_>> = doomed.into_iter().map(Doomed::new).collect();
+    for step in STEPS {
+        if remove_step(store, step, &mut doomed, &mut staying, &mut purged)? {
+            // The next step relies on this one being done for good.
+            store.sync()?;
+        }
+    }
+    for transaction in &doomed {
+        transaction.finish(store, &mut purged)?;
     }
     store.sync()?;
     Ok(purged)
 }
 
-/// What the undo of transactions that stay needs.
+/// What stays in the trash.
 #[derive(Default)]
-struct Protected {
-    /// Blobs and layer links.
-    contents: BTreeSet<Digest>,
-    /// Revisions that the transaction which needs them doesn't hold itself.
-    revisions: BTreeSet<(PathBuf, Digest)>,
+struct Staying {
+    /// What its undo needs.
+    needs: BTreeSet<PathBuf>,
+    /// What lies in it.
+    files: BTreeSet<PathBuf>,
 }
 
-fn purge_one(
+impl Staying {
+    /// Notes what a transaction holds and needs; whether that is unclear.
+    fn add(&mut self, store: &dyn Store, all: &[Contents], transaction: &Contents) -> Result<bool> {
+        let needs = Needs::of(store, all, transaction)?;
+        self.needs.extend(needs.paths);
+        self.files.extend(transaction.files.iter().cloned());
+        Ok(needs.is_unclear)
+    }
+
+    /// Whether a file of a transaction that goes must stay: it is needed, and nowhere else.
+    fn needs(&self, store: &dyn Store, path: &Path) -> Result<bool> {
+        Ok(self.needs.contains(path) && !self.files.contains(path) && store.stat(path)?.is_none())
+    }
+}
+
+/// The steps of a purge; see [`step_of`].
+const STEPS: std::ops::RangeInclusive<u8> = 0..=5;
+
+/// When a file goes: what leads to it goes before it does.
+fn step_of(path: &Path) -> u8 {
+    let unit = super::unit_of(path);
+    match layout::classify(unit) {
+        Kind::Tag(repository, tag) if path != layout::tag_link(&repository, &tag) => 0,
+        _ => 5 - order_of_return(unit),
+    }
+}
+
+/// Removes the part of each transaction that belongs to `step`; whether there was any.
+fn remove_step(
     store: &dyn Store,
-    transaction: &Contents,
-    protected: &Protected,
+    step: u8,
+    doomed: &mut [Doomed<'_>],
+    staying: &mut Staying,
     purged: &mut Purged,
-) -> Result<()> {
-    let is_protected = |path: &PathBuf| match layout::classify(path) {
-        Kind::Blob(digest) | Kind::LayerLink(_, digest) => protected.contents.contains(&digest),
-        Kind::Revision(repository, digest) => protected.revisions.contains(&(repository, digest)),
-        Kind::Tag(..) | Kind::Other => false,
-    };
-    let (kept, mut gone): (Vec<PathBuf>, Vec<PathBuf>) =
-        transaction.files.iter().cloned().partition(is_protected);
-    gone.sort_by_key(|path| std::cmp::Reverse(order_of_return(super::unit_of(path))));
-    let mut bytes = 0;
-    for path in &gone {
-        match store.stat(&transaction.path_of(path)) {
-            Ok(stat) => bytes += stat.map_or(0, |s| s.size),
-            // Only counting: the removal below meets what is wrong and reports it.
-            Err(e) => log::debug!("{e}"),
+) -> Result<bool> {
+    let failures_before = purged.failures.len();
+    let mut has_removed = false;
+    for transaction in doomed.iter_mut().filter(|t| !t.is_stuck) {
+        has_removed |= transaction.remove(store, step, staying, purged)?;
+    }
+    if purged.failures.len() > failures_before {
+        let all = contents(store)?;
+        let mut is_unclear = false;
+        for stuck in doomed.iter().filter(|t| t.is_stuck) {
+            is_unclear |= staying.add(store, &all, find(&all, &stuck.contents.id)?)?;
         }
+        doomed.iter_mut().for_each(|t| t.is_stuck |= is_unclear);
     }
-    let failures = store.remove(&gone.iter().map(|path| transaction.path_of(path)).collect::<Vec<_>>());
-    let failed = !failures.is_empty();
-    purged.failures.extend(failures);
-    purged.bytes += bytes;
-    store.prune(&layout::transaction(&transaction.id))?;
-    if failed {
-        return Ok(());
-    }
-    if kept.is_empty() {
-        transaction.discard_if_empty(store)?;
-        purged.transactions.push(transaction.id.clone());
-    } else {
-        let what = count(kept.len(), "file");
-        purged
-            .kept
-            .push(format!("{}: {what} stay, the undo of another transaction needs them", transaction.id));
-    }
-    Ok(())
+    Ok(has_removed)
 }
 
-/// The transactions whose undo needs something that lies in transaction `id`.
+/// A transaction that is being purged.
+struct Doomed<'a> {
+    contents: &'a Contents,
+    /// How many of its files stay, because the undo of another one needs them.
+    kept: usize,
+    /// Something of it could not be removed, so nothing more is.
+    is_stuck: bool,
+}
+
+impl<'a> Doomed<'a> {
+    fn new(contents: &'a Contents) -> Doomed<'a> {
+        Doomed { contents, kept: 0, is_stuck: false }
+    }
+
+    fn remove(
+        &mut self,
+        store: &dyn Store,
+        step: u8,
+        staying: &Staying,
+        purged: &mut Purged,
+    ) -> Result<bool> {
+        let mut gone = Vec::new();
+        let mut bytes = 0;
+        for path in self.contents.files.iter().filter(|path| step_of(path) == step) {
+            if staying.needs(store, path)? {
+                self.kept += 1;
+                continue;
+            }
+            let path = self.contents.path_of(path);
+            match store.stat(&path) {
+                Ok(stat) => bytes += stat.map_or(0, |s| s.size),
+                // Only counting: the removal below meets what is wrong and reports it.
+                Err(e) => log::debug!("{e}"),
+            }
+            gone.push(path);
+        }
+        let failures = store.remove(&gone);
+        match failures.is_empty() {
+            true => purged.bytes += bytes,
+            false => self.is_stuck = true,
+        }
+        purged.failures.extend(failures);
+        Ok(!gone.is_empty())
+    }
+
+    fn finish(&self, store: &dyn Store, purged: &mut Purged) -> Result<()> {
+        let id = &self.contents.id;
+        store.prune(&layout::transaction(id))?;
+        if self.is_stuck {
+            return Ok(());
+        }
+        if self.kept == 0 {
+            self.contents.discard_if_empty(store)?;
+            purged.transactions.push(id.clone());
+        } else {
+            let what = count(self.kept, "file");
+            purged.kept.push(format!("{id}: {what} stay, the undo of another transaction needs them"));
+        }
+        Ok(())
+    }
+}
+
+/// The transactions whose undo needs bytes that lie in transaction `id` and nowhere else.
 pub fn undone_only_with(store: &dyn Store, id: &str) -> Result<Vec<String>> {
     let all = contents(store)?;
-    let blobs = find(&all, id)?.files.iter().filter_map(|path| match layout::classify(path) {
-        Kind::Blob(digest) => Some(digest),
-        _ => None,
-    });
-    let blobs: BTreeSet<Digest> = blobs.collect();
+    let (own, others): (Vec<&Contents>, Vec<&Contents>) = all.iter().partition(|t| t.id == id);
+    let is_only_here = |path: &Path| -> Result<bool> {
+        Ok(matches!(layout::classify(path), Kind::Blob(_))
+            && own.iter().any(|t| t.holds(path))
+            && !others.iter().any(|t| t.holds(path))
+            && store.stat(path)?.is_none())
+    };
     let mut dependent = Vec::new();
-    for transaction in all.iter().filter(|t| t.id != id) {
-        for (repository, digest) in claims(store, transaction)? {
-            if !named_by(store, &all, &repository, &digest)?.digests.is_disjoint(&blobs) {
+    for transaction in &others {
+        for path in Needs::of(store, &all, transaction)?.paths {
+            if is_only_here(&path)? {
                 dependent.push(transaction.id.clone());
                 break;
             }

@@ -23,7 +23,7 @@ pub struct Undone {
     pub restored: Vec<PathBuf>,
     /// Paths that were there again already.
     pub present: Vec<PathBuf>,
-    /// Digests that a manifest names and that are nowhere; the manifest may never have had them here.
+    /// Digests that a manifest or a tag names and that are nowhere; they may never have been here.
     pub missing: Vec<Digest>,
 }
 
@@ -61,13 +61,25 @@ pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
         }
         moves.insert((order_of_return(unit), unit.to_path_buf()), own);
     }
-    for path in named_paths(store, &all, own, &mut undone.missing)? {
-        if store.stat(&path)?.is_none()
-            && let Some(holder) = all.iter().find(|t| t.files.binary_search(&path).is_ok())
-        {
-            moves.entry((order_of_return(&path), path)).or_insert(holder);
+    let needs = Needs::of(store, &all, own)?;
+    let mut missing = BTreeSet::new();
+    for path in needs.paths {
+        if store.stat(&path)?.is_some() {
+            continue;
+        }
+        match (all.iter().find(|t| t.holds(&path)), layout::classify(&path)) {
+            (Some(holder), _) => drop(moves.entry((order_of_return(&path), path)).or_insert(holder)),
+            (None, Kind::Blob(digest)) if digest.algorithm() == Algorithm::Sha256 => {
+                missing.insert(digest);
+            }
+            (None, Kind::Revision(repository, digest)) => {
+                // Of a child there may never have been a revision.
+                missing.extend(needs.claims.contains(&(repository, digest)).then_some(digest));
+            }
+            (None, _) => {}
         }
     }
+    undone.missing = missing.into_iter().collect();
     let mut last = None;
     for ((order, path), holder) in &moves {
         if last.is_some_and(|last| last != order) {
@@ -83,7 +95,8 @@ pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
     }
     store.sync()?;
     drop_what_is_back(store, own, &undone.present)?;
-    let touched: BTreeSet<&str> = moves.values().map(|t| t.id.as_str()).collect();
+    // Its own also when nothing was left in it: a run that died may have emptied it.
+    let touched: BTreeSet<&str> = moves.values().map(|t| t.id.as_str()).chain([id]).collect();
     for transaction in all.iter().filter(|t| touched.contains(t.id.as_str())) {
         transaction.discard_if_empty(store)?;
     }
@@ -108,33 +121,38 @@ fn content(store: &dyn Store, path: &Path) -> Result<Option<Vec<u8>>> {
     Ok(store.read(path, layout::LINK_LIMIT)?.map(|(content, _)| content))
 }
 
-/// Paths in the store of all that the tags and revisions in `own` name: blobs, and the layer links of their repositories.
-fn named_paths(
-    store: &dyn Store,
-    all: &[Contents],
-    own: &Contents,
-    missing: &mut Vec<Digest>,
-) -> Result<BTreeSet<PathBuf>> {
-    let mut paths = BTreeSet::new();
-    for (repository, digest) in claims(store, own)? {
-        for named in named_by(store, all, &repository, &digest)?.digests {
-            let data = layout::blob_data(&named);
-            if find_file(store, all, &data)?.is_none() && named.algorithm() == Algorithm::Sha256 {
-                missing.push(named);
+/// What must be in the store so that the undo of a transaction is whole.
+pub(super) struct Needs {
+    /// The manifests that it lays claim to, by repository.
+    claims: BTreeSet<(PathBuf, Digest)>,
+    /// Where all that these lead to belongs: blobs, and the links of their repositories; more than there ever was.
+    pub(super) paths: BTreeSet<PathBuf>,
+    /// A manifest among them can't be read, so there may be more.
+    pub(super) is_unclear: bool,
+}
+
+impl Needs {
+    /// Looks at the transaction `own`, one of `all`.
+    pub(super) fn of(store: &dyn Store, all: &[Contents], own: &Contents) -> Result<Needs> {
+        let mut needs = Needs { claims: claims(store, own)?, paths: BTreeSet::new(), is_unclear: false };
+        for (repository, digest) in &needs.claims {
+            let named = named_by(store, all, repository, digest)?;
+            needs.is_unclear |= named.is_unclear;
+            for named in named.digests {
+                needs.paths.insert(layout::blob_data(&named));
+                needs.paths.insert(layout::layer_link(repository, &named));
+                // A child that was taken by another transaction comes back as a revision, too.
+                needs.paths.insert(layout::revision_link(repository, &named));
             }
-            paths.insert(data);
-            paths.insert(layout::layer_link(&repository, &named));
-            // A child that was taken by another transaction comes back as a revision, too.
-            paths.insert(layout::revision_link(&repository, &named));
         }
+        Ok(needs)
     }
-    Ok(paths)
 }
 
 /// The manifests that a transaction lays claim to: its revisions, and what its tags point at. Of two tags of one
 /// manifest that two transactions took, only the later one holds the revision. A tag whose revision stands needs
 /// nothing: that holds all it names itself.
-pub(super) fn claims(store: &dyn Store, contents: &Contents) -> Result<BTreeSet<(PathBuf, Digest)>> {
+fn claims(store: &dyn Store, contents: &Contents) -> Result<BTreeSet<(PathBuf, Digest)>> {
     let mut claims = BTreeSet::new();
     for unit in contents.units() {
         match layout::classify(unit) {
@@ -162,20 +180,15 @@ pub(super) fn claims(store: &dyn Store, contents: &Contents) -> Result<BTreeSet<
 }
 
 /// What a manifest leads to.
-pub(super) struct Named {
+struct Named {
     /// The manifest itself and everything below it.
-    pub(super) digests: BTreeSet<Digest>,
+    digests: BTreeSet<Digest>,
     /// A manifest among them can't be read, so there may be more.
-    pub(super) is_unclear: bool,
+    is_unclear: bool,
 }
 
 /// Everything that the manifest `digest` of a repository leads to, read from the store or from the trash.
-pub(super) fn named_by(
-    store: &dyn Store,
-    all: &[Contents],
-    repository: &Path,
-    digest: &Digest,
-) -> Result<Named> {
+fn named_by(store: &dyn Store, all: &[Contents], repository: &Path, digest: &Digest) -> Result<Named> {
     let mut named = Named { digests: [*digest].into(), is_unclear: false };
     let mut waiting = vec![(*digest, true)];
     while let Some((current, must_be_manifest)) = waiting.pop() {
@@ -230,6 +243,6 @@ fn find_file(store: &dyn Store, all: &[Contents], path: &Path) -> Result<Option<
     if store.stat(path)?.is_some() {
         return Ok(Some(path.to_path_buf()));
     }
-    let holder = all.iter().find(|t| t.files.binary_search_by(|f| f.as_path().cmp(path)).is_ok());
+    let holder = all.iter().find(|t| t.holds(path));
     Ok(holder.map(|t| t.path_of(path)))
 }
