@@ -358,7 +358,7 @@ impl Engine {
                 Node::ControlGc if !matches!(e, Error::Busy { .. } | Error::Unfinished { .. }) => {
                     reports.gc = answer
                 }
-                Node::ControlTrash => reports.trash = Some(answer),
+                Node::ControlTrash if !matches!(e, Error::Unfinished { .. }) => reports.trash = Some(answer),
                 _ => {}
             }
         }
@@ -429,20 +429,23 @@ impl Engine {
     }
 
     fn trash_command(&self, text: &str, author: &Author) -> Result<()> {
-        let (action, what, answer) = match control::parse_trash(text)? {
+        let (action, what, answer, is_complete) = match control::parse_trash(text)? {
             TrashCommand::Undo(id) => {
                 let undone = gc::undo(&*self.store, author, &id)?;
-                ("undo", id.clone(), undone.text(&id))
+                ("undo", id.clone(), undone.text(&id), true)
             }
             TrashCommand::Purge(selection) => {
                 let purged = gc::purge_trash(&*self.store, &self.tables, author, &selection)?;
-                ("purge", purged.transactions.join(" "), purged.text())
+                ("purge", purged.transactions.join(" "), purged.text(), purged.failures.is_empty())
             }
         };
         self.publish_anew();
         self.note(author, action, &what, answer.lines().last().unwrap_or("done"));
         locked(&self.reports).trash = Some(answer);
-        Ok(())
+        match is_complete {
+            true => Ok(()),
+            false => Err(Error::Unfinished { see: "control/trash" }),
+        }
     }
 
     /// Ends a collection that still runs, cleanly, and waits for it.
