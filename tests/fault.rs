@@ -1,0 +1,432 @@
+//! One storage call fails, or the process dies there: is every live image safe, and does the next run finish?
+//!
+//! Each operation runs once without a fault to count its calls, then once for each call and each way to fail.
+//! What is checked after every single one stands in [`Story::check`].
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod common;
+mod memory;
+
+use std::collections::{BTreeSet, HashSet};
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use common::check::{blob_path, sha256, sha512};
+use common::image::{Image, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, bytes, descriptor, layer};
+use memory::faulty::{Call, Fault, Faulty};
+use memory::{
+    Contents, Live, TRASH, blobs, everything, layer_link, long_ago, old_store, put, put_blob, put_image,
+    put_tag, registry, tag_link, trash,
+};
+use regfs::catalog::Tables;
+use regfs::engine::Engine;
+use regfs::gc::{self, DEFAULT_KEEP, Options, Unwatched};
+use regfs::store::Store;
+use regfs::store::memory::Memory;
+use regfs::trash::{Author, Selection};
+use regfs::view::Settings;
+use regfs::view::node::Node;
+use serde_json::json;
+
+const ERRORS: [i32; 4] = [libc::EIO, libc::ENOENT, libc::EACCES, libc::ENOSPC];
+
+fn author() -> Author {
+    Author { uid: 0, pid: 1, command: "test".to_string() }
+}
+
+fn options(untagged: bool, now: bool) -> Options {
+    Options { untagged, now, grace: Duration::ZERO, ..Options::default() }
+}
+
+fn sweep(store: &dyn Store, options: &Options) -> Result<(), String> {
+    let report = gc::run(store, &Tables::default(), options, &author(), &Unwatched);
+    match report {
+        Ok(report) if report.is_complete() => Ok(()),
+        Ok(report) => Err(report.failures.join("\n")),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+fn undo(store: &dyn Store, id: &str) -> Result<(), String> {
+    let undone = gc::undo(store, &author(), id).map_err(|e| e.to_string())?;
+    assert_eq!(undone.missing, [], "the undo of {id} lacks something");
+    Ok(())
+}
+
+fn purge(store: &dyn Store, selection: &Selection) -> Result<(), String> {
+    let purged = gc::purge_trash(store, &Tables::default(), &author(), selection);
+    match purged.map_err(|e| e.to_string())?.failures.as_slice() {
+        [] => Ok(()),
+        failures => Err(format!("{failures:?}")),
+    }
+}
+
+/// A registry as it is after a mount; looking at the storage is part of what can fail.
+fn mounted(store: Arc<dyn Store>) -> Result<Arc<Engine>, String> {
+    let settings = Settings {
+        read_only: false,
+        uid: 0,
+        gid: 0,
+        grace: Duration::ZERO,
+        keep: DEFAULT_KEEP,
+        mounted_at: SystemTime::UNIX_EPOCH,
+    };
+    Engine::new(store, settings).map(Arc::new).map_err(|e| e.to_string())
+}
+
+/// `rm images/<reference>` in a mount.
+fn rm(store: Arc<dyn Store>, reference: &str) -> Result<(), String> {
+    let engine = mounted(store)?;
+    engine.unlink(Node::Images, OsStr::new(reference), &author()).map_err(|e| e.to_string())
+}
+
+fn command(store: Arc<dyn Store>, node: Node, text: &str) -> Result<(), String> {
+    mounted(store)?.command(node, text, &author()).map_err(|e| e.to_string())
+}
+
+/// An image whose layer was pushed, and is named, under its sha512 digest.
+fn put_sha512_image(store: &Memory, name: &str, tag: Option<&str>, content: &str) -> String {
+    let (config, layer) = (b"{\"sha512\":1}".as_slice(), content.as_bytes());
+    let mut named = descriptor(OCI_LAYER, layer);
+    named["digest"] = json!(sha512(layer));
+    let manifest = bytes(&json!({
+        "schemaVersion": 2, "mediaType": OCI_MANIFEST,
+        "config": descriptor(OCI_CONFIG, config), "layers": [named],
+    }));
+    let image = Image::odd(OCI_MANIFEST, manifest, &[config, layer]);
+    put(store, layer_link(name, &sha512(layer)), sha256(layer).as_bytes());
+    put_image(store, name, tag, &image)
+}
+
+/// The registry of all stories, with everything in it long ago.
+struct Fixture {
+    before: Contents,
+    v2: String,
+}
+
+impl Fixture {
+    /// Transactions in the trash: what rm of two tags took, and what a sweep took between the two.
+    const RM_SWEPT: &str = "1-rm";
+    const SWEEP: &str = "2-sweep";
+    const RM: &str = "3-rm";
+
+    fn new() -> Fixture {
+        let store = Arc::new(Memory::default());
+        store.set_clock(long_ago());
+        let shared = layer("base", "shared by many");
+        let v1 = Image::oci("v1", std::slice::from_ref(&shared));
+        let v2 = Image::oci("v2", &[shared.clone(), layer("private", "of v2 alone")]);
+        put_image(&store, "app", Some("v1"), &v1);
+        let v2_digest = put_image(&store, "app", Some("v2"), &v2);
+        put_tag(&store, "app", "stable", &v2_digest);
+        put_image(&store, "app", None, &v2.referrer("application/vnd.example.signature", "of v2"));
+        put_image(&store, "app", None, &Image::oci("untagged", &[layer("untagged", "never tagged")]));
+        let [amd64, arm64] = ["amd64", "arm64"]
+            .map(|name| Image::oci_for(name, "multi", &[shared.clone(), layer("bin", name)]));
+        let multi = Image::index(&[("amd64", &amd64), ("arm64", &arm64)]);
+        put_image(&store, "team/multi", Some("latest"), &multi);
+        put_image(&store, "team/multi", None, &multi.referrer("application/vnd.example.sbom", "of multi"));
+        put_sha512_image(&store, "strong", Some("1"), "named by its sha512");
+
+        let leaving = Image::oci("leaving", &[shared.clone(), layer("leaving", "swept")]);
+        put_image(&store, "app", Some("leaving"), &leaving);
+        put_tag(&store, "app", "leaving-too", &leaving.digest());
+        let reused = put_blob(&store, b"swept, then named again");
+        put(&store, layer_link("app", &reused), reused.as_bytes());
+        put_sha512_image(&store, "strong", Some("swept"), "swept, and named by its sha512");
+        for (reference, id) in
+            [("app:leaving-too", "0-rm"), ("app:leaving", Fixture::RM_SWEPT), ("strong:swept", "1-rm-strong")]
+        {
+            renamed(&store, id, |store| rm(store, reference));
+        }
+        renamed(&store, Fixture::SWEEP, |store| sweep(&*store, &options(false, false)));
+        put_image(&store, "app", Some("going"), &Image::oci("going", &[layer("going", "still there")]));
+        renamed(&store, Fixture::RM, |store| rm(store, "app:going"));
+
+        // A registry with a warm cache takes a manifest without asking for its layers, which a sweep took.
+        for (name, layer, digest) in [
+            ("app", "swept, then named again", sha256(b"swept, then named again")),
+            ("strong", "swept, and named by its sha512", sha512(b"swept, and named by its sha512")),
+        ] {
+            let mut adopted = descriptor(OCI_LAYER, layer.as_bytes());
+            adopted["digest"] = json!(digest);
+            let manifest = bytes(&json!({
+                "schemaVersion": 2, "mediaType": OCI_MANIFEST,
+                "config": descriptor(OCI_CONFIG, b"{}"), "layers": [adopted],
+            }));
+            put_image(&store, name, Some("adopts"), &Image::odd(OCI_MANIFEST, manifest, &[b"{}"]));
+        }
+        put_blob(&store, b"garbage");
+        let linked = put_blob(&store, b"garbage with a link");
+        put(&store, layer_link("team/multi", &linked), linked.as_bytes());
+        let before = store.snapshot();
+        assert_eq!(Live::of(&before).lacks.len(), 2, "what was adopted: {:?}", Live::of(&before).lacks);
+        Fixture { before, v2: v2_digest }
+    }
+}
+
+fn transaction(id: &str) -> PathBuf {
+    Path::new(TRASH).join(id)
+}
+
+/// Lets `act` make a transaction and names it `id`, so that it is called the same in every run.
+fn renamed(store: &Arc<Memory>, id: &str, act: impl FnOnce(Arc<dyn Store>) -> Result<(), String>) {
+    let known = trash(&store.snapshot());
+    act(store.clone()).unwrap();
+    let fresh = trash(&store.snapshot()).into_keys().find(|id| !known.contains_key(id)).unwrap();
+    assert!(store.rename(&transaction(&fresh), &transaction(id)).unwrap());
+}
+
+/// What must hold of an operation besides the safety of live images.
+#[derive(Clone, Copy, PartialEq)]
+enum Sort {
+    /// Changes not one byte.
+    Looks,
+    /// Moves things; nothing at all is lost.
+    Moves,
+    /// Removes things from the trash.
+    Purges,
+}
+
+/// An operation and what is known of it.
+struct Story<'a> {
+    name: &'a str,
+    sort: Sort,
+    act: &'a dyn Fn(Arc<dyn Store>) -> Result<(), String>,
+}
+
+/// What a run left, comparable across runs: names of transactions hold the time.
+fn outcome(contents: &Contents) -> (Contents, Vec<BTreeSet<PathBuf>>) {
+    let mut taken: Vec<BTreeSet<PathBuf>> = trash(contents).into_values().collect();
+    taken.sort();
+    (registry(contents), taken)
+}
+
+impl Story<'_> {
+    /// Runs it with every fault.
+    fn check(&self) {
+        let fixture = Fixture::new();
+        let store = old_store(&fixture.before);
+        let clean = Faulty::new(store.clone(), Fault::Never, 0);
+        (self.act)(clean.clone()).unwrap();
+        let expected = store.snapshot();
+        let mut known = HashSet::new();
+        self.aftermath(&fixture, &expected, &mut known, &Fault::Never);
+
+        let calls = clean.calls();
+        let mut faults: Vec<Fault> = Vec::new();
+        faults.extend((0..calls.len()).flat_map(|n| [Fault::GlitchAt(n), Fault::CutFrom(n)]));
+        faults.extend((0..clean.changes()).flat_map(|n| [Fault::LateAt(n), Fault::DieAfter(n)]));
+        let paths: BTreeSet<PathBuf> = calls.into_iter().map(|call| call.path).collect();
+        faults.extend(paths.into_iter().filter(|path| !path.as_os_str().is_empty()).map(Fault::Stuck));
+        for (at, fault) in faults.iter().enumerate() {
+            let store = old_store(&fixture.before);
+            let faulty = Faulty::new(store.clone(), fault.clone(), ERRORS[(at / 2 + at) % ERRORS.len()]);
+            let result = (self.act)(faulty.clone());
+            let after = store.snapshot();
+            self.assert_reported(fault, &faulty.calls(), &result, &after, &expected);
+            self.aftermath(&fixture, &after, &mut known, fault);
+        }
+        println!("{}: {} faults, {} different states", self.name, faults.len(), known.len());
+    }
+
+    /// A failing call is reported, or it made no difference and is one that may be passed over.
+    fn assert_reported(
+        &self,
+        fault: &Fault,
+        calls: &[Call],
+        result: &Result<(), String>,
+        after: &Contents,
+        expected: &Contents,
+    ) {
+        if result.is_err() {
+            return;
+        }
+        let is_same = outcome(after) == outcome(expected);
+        let failed: Vec<usize> = (0..calls.len()).filter(|at| calls[*at].failed).collect();
+        let may_be_passed_over = |at: usize| {
+            let Call { name, path, .. } = &calls[at];
+            // Facts of a link that failed to come make the scan read the link again; that call tells.
+            let is_read_again =
+                calls.get(at + 1).is_some_and(|next| next.name == "read" && next.path == *path);
+            // Only how many bytes a purge freed depends on it; the removal that follows meets what is wrong.
+            let is_counted = self.sort == Sort::Purges && path.starts_with(TRASH);
+            *name == "stat" && (is_read_again || is_counted)
+        };
+        // Once things have moved, a look that fails can't tell whether a push came in between. Only what the mount
+        // shows and no image depends on can wait: the trash, and the pushes in progress.
+        let moved = calls.iter().position(|call| call.name == "rename").unwrap_or(calls.len());
+        // What failed before as well, was decided with that in mind.
+        let is_known = |call: &Call| calls[..moved].iter().any(|c| c.failed && c.path == call.path);
+        let can_wait =
+            |call: &Call| call.path == Path::new(TRASH) || call.path.ends_with("_uploads") || is_known(call);
+        let looked_back = failed.iter().filter(|at| **at > moved && !can_wait(&calls[**at]));
+        let is_certain = looked_back.into_iter().all(|at| may_be_passed_over(*at));
+        let is_fine = match self.name.split_once(' ').unwrap_or((self.name, "")) {
+            // A mount shows what it can read, and lists the rest in `broken`.
+            ("control", _) => is_same,
+            // And `rm` of a tag leaves what it can't judge: the tag goes, as was asked.
+            ("rm", reference) if !reference.contains('@') => {
+                let (name, tag) = reference.split_once(':').unwrap();
+                let (kept, expected) = (registry(after), registry(expected));
+                let keeps_all = expected.iter().all(|(path, content)| kept.get(path) == Some(content));
+                is_certain && keeps_all && !kept.contains_key(&tag_link(name, tag))
+            }
+            ("rm", _) => is_certain && is_same,
+            _ => is_same && failed.iter().all(|at| may_be_passed_over(*at)),
+        };
+        let failed: Vec<&Call> = failed.into_iter().map(|at| &calls[at]).collect();
+        assert!(
+            is_fine,
+            "{}, {fault:?}: passed over {failed:?}; the outcome is the same: {is_same}",
+            self.name
+        );
+    }
+
+    /// What must hold after a fault, now and for whoever comes next.
+    fn aftermath(&self, fixture: &Fixture, after: &Contents, known: &mut HashSet<String>, fault: &Fault) {
+        let state = outcome(after);
+        if !known.insert(format!("{:?} {:?}", state.0.keys(), state.1)) {
+            return;
+        }
+        let at = format!("{}, {fault:?}", self.name);
+        let lost = |contents: &Contents| -> Vec<String> {
+            let lacked = Live::of(&fixture.before).lacks;
+            Live::of(contents).lacks.difference(&lacked).cloned().collect()
+        };
+        assert_eq!(lost(after), [""; 0], "{at}: live images lack");
+        let had = everything(&fixture.before);
+        match self.sort {
+            Sort::Looks => assert!(*after == fixture.before, "{at}: a look changed something"),
+            Sort::Moves => assert!(everything(after) == had, "{at}: something is lost"),
+            Sort::Purges => assert!(everything(after).is_subset(&had), "{at}: something is new"),
+        }
+        self.next_sweep(after, &at);
+        for newest_first in [true, false] {
+            self.next_undo(after, newest_first, &at);
+        }
+        let store = old_store(after);
+        purge(&*store, &Selection::All).unwrap_or_else(|e| panic!("{at}: the next purge: {e}"));
+        assert!(trash(&store.snapshot()).is_empty(), "{at}: a purge leaves something");
+        assert_eq!(Live::of(&store.snapshot()).lacks, BTreeSet::new(), "{at}: after the next purge");
+    }
+
+    /// The next sweep finishes what was begun, and what it took comes back.
+    fn next_sweep(&self, after: &Contents, at: &str) {
+        let store = old_store(after);
+        sweep(&*store, &options(true, false)).unwrap_or_else(|e| panic!("{at}: the next sweep: {e}"));
+        let swept = store.snapshot();
+        let live = Live::of(&swept);
+        assert_eq!(live.lacks, BTreeSet::new(), "{at}: after the next sweep");
+        assert_eq!(blobs(&swept), live.blobs, "{at}: garbage after the next sweep");
+        assert!(everything(&swept) == everything(after), "{at}: the next sweep lost something");
+        self.next_undo(&swept, true, at);
+    }
+
+    /// Everything in the trash comes back, whole.
+    fn next_undo(&self, after: &Contents, newest_first: bool, at: &str) {
+        let store = old_store(after);
+        // What was pushed meanwhile comes back first; it would look like an image that lacks something.
+        sweep(&*store, &Options { grace: Duration::from_secs(1 << 40), ..options(false, false) }).unwrap();
+        let mut ids: Vec<String> = trash(&store.snapshot()).into_keys().collect();
+        if newest_first {
+            ids.reverse();
+        }
+        for id in ids {
+            // The undo of another one may have emptied it.
+            if !trash(&store.snapshot()).contains_key(&id) {
+                continue;
+            }
+            undo(&*store, &id).unwrap_or_else(|e| panic!("{at}: the undo of {id}: {e}"));
+            let lacks = Live::of(&store.snapshot()).lacks;
+            assert_eq!(lacks, BTreeSet::new(), "{at}: after the undo of {id}, newest first {newest_first}");
+        }
+        assert!(everything(&store.snapshot()) == everything(after), "{at}: the undo lost something");
+    }
+}
+
+fn check(name: &str, sort: Sort, act: &dyn Fn(Arc<dyn Store>) -> Result<(), String>) {
+    Story { name, sort, act }.check();
+}
+
+#[test]
+fn a_dry_run_changes_nothing_and_reports_what_fails() {
+    for untagged in [false, true] {
+        let options = Options { dry_run: true, ..options(untagged, false) };
+        let faulty = Faulty::new(old_store(&Fixture::new().before), Fault::Never, 0);
+        sweep(&*faulty, &options).unwrap();
+        let looks = |call: &Call| matches!(call.name, "list" | "stat" | "read");
+        assert!(faulty.calls().iter().all(looks), "no lock, no sync, no change");
+        check("dry run", Sort::Looks, &|store| sweep(&*store, &options));
+    }
+}
+
+#[test]
+fn a_failing_sweep_costs_no_live_image() {
+    check("sweep", Sort::Moves, &|store| sweep(&*store, &options(false, false)));
+}
+
+#[test]
+fn a_failing_sweep_of_untagged_manifests_costs_no_live_image() {
+    check("sweep untagged", Sort::Moves, &|store| sweep(&*store, &options(true, false)));
+}
+
+#[test]
+fn a_failing_sweep_now_costs_no_live_image() {
+    check("sweep untagged now", Sort::Purges, &|store| sweep(&*store, &options(true, true)));
+}
+
+#[test]
+fn a_failing_rm_of_a_tag_costs_no_other_image() {
+    for reference in ["app:v1", "app:v2", "team/multi:latest"] {
+        let name = format!("rm {reference}");
+        check(&name, Sort::Moves, &|store| rm(store, reference));
+    }
+}
+
+#[test]
+fn a_failing_rm_of_a_manifest_costs_no_other_image() {
+    let reference = format!("app@{}", Fixture::new().v2);
+    check(&format!("rm {reference}"), Sort::Moves, &|store| rm(store, &reference));
+}
+
+#[test]
+fn a_failing_undo_can_be_repeated() {
+    for id in [Fixture::RM_SWEPT, Fixture::SWEEP, Fixture::RM] {
+        check("undo", Sort::Moves, &|store| undo(&*store, id));
+    }
+}
+
+#[test]
+fn a_failing_purge_costs_no_undo_of_what_is_left() {
+    check("purge", Sort::Purges, &|store| purge(&*store, &Selection::All));
+    for id in [Fixture::SWEEP, Fixture::RM] {
+        check("purge one", Sort::Purges, &|store| purge(&*store, &Selection::One(id.to_string())));
+    }
+}
+
+#[test]
+fn a_failing_command_in_the_mount_is_reported_to_its_writer() {
+    check("control purge", Sort::Purges, &|store| command(store, Node::ControlTrash, "purge"));
+}
+
+#[test]
+fn an_index_whose_bytes_are_back_holds_its_children_at_once() {
+    let store = old_store(&Fixture::new().before);
+    let child = Image::oci_for("amd64", "multi", &[layer("base", "shared by many"), layer("bin", "amd64")]);
+    let multi = tag_link("team/multi", "latest");
+    let index = String::from_utf8(store.snapshot()[&multi].to_vec()).unwrap();
+    let bytes = store.snapshot()[&blob_path(&index)].clone();
+    assert!(store.remove(&[blob_path(&index)]).is_empty());
+    let engine = mounted(store.clone()).unwrap();
+    // Its push comes after the mount has looked, and before it looks again.
+    put(&store, blob_path(&index), &bytes);
+    let reference = format!("multi@{}", child.digest());
+    let (name, parent) = (OsStr::new(&reference), OsStr::new("team"));
+    let team = engine.view(&engine.snapshot()).lookup(Node::Images, parent).unwrap().unwrap();
+    let refused = engine.unlink(team, name, &author()).unwrap_err();
+    assert_eq!(refused.errno(), libc::EBUSY, "{refused}");
+}
