@@ -94,7 +94,9 @@ impl<'a> Edges<'a> {
         let mut tags_about: HashMap<DigestId, Vec<&Tag>> = HashMap::new();
         for tag in &repository.tags {
             let subject = catalog.name(tag.name).to_str().and_then(layout::subject_of_tag);
-            if let Some(subject) = subject.and_then(|digest| catalog.tables.digests.find(&digest)) {
+            let subject = subject.and_then(|digest| catalog.tables.digests.find(&digest));
+            // One that points at its own subject is a tag like any other.
+            if let Some(subject) = subject.filter(|subject| tag.target != Some(*subject)) {
                 tags_about.entry(subject).or_default().push(tag);
             }
         }
@@ -340,6 +342,16 @@ pub fn take_repository(
         let transaction = begin()?;
         for file in &files {
             transaction.take(store, file)?;
+        }
+        if !rescan(store, &fresh, name).repository(name).is_none_or(|r| is_empty(r)) {
+            for file in files.iter().rev() {
+                match transaction.put_back(store, file) {
+                    Ok(_) | Err(Error::Exists { .. }) => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            transaction.discard_if_empty(store)?;
+            return Err(Error::Changed { what: format!("repository {}", name.display()) });
         }
     }
     store.prune(&layout::repository(name))?;

@@ -432,7 +432,7 @@ impl Engine {
         let (action, what, answer, is_complete) = match control::parse_trash(text)? {
             TrashCommand::Undo(id) => {
                 let undone = gc::undo(&*self.store, author, &id)?;
-                ("undo", id.clone(), undone.text(&id), true)
+                ("undo", id.clone(), undone.text(&id), undone.missing.is_empty())
             }
             TrashCommand::Purge(selection) => {
                 let purged = gc::purge_trash(&*self.store, &self.tables, author, &selection)?;

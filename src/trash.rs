@@ -83,7 +83,7 @@ impl Transaction {
         let mut id = stem.clone();
         let mut next = 2;
         while store.list(&layout::transaction(&id))?.is_some() {
-            id = format!("{stem}-{next}");
+            id = format!("{stem}-{next:03}");
             next += 1;
         }
         let record = Record {

@@ -65,8 +65,9 @@ pub(super) fn run(
             Ok(Outcome::Done)
         }
         TrashCommand::Undo { id } => {
-            print(&gc::undo(&store, &author, id)?.text(id))?;
-            Ok(Outcome::Done)
+            let undone = gc::undo(&store, &author, id)?;
+            print(&undone.text(id))?;
+            Ok(if undone.missing.is_empty() { Outcome::Done } else { Outcome::Unfinished })
         }
         TrashCommand::Purge { id, older } => {
             let selection = match (id, older) {

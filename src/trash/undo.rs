@@ -1,7 +1,8 @@
 //! Undo: gives back what a transaction took, and what that names.
 //!
 //! # Rules kept here
-//! 1. All is checked before the first rename: an undo that can't be whole is refused, with the reason.
+//! 1. Conflicts are found before the first rename. What a manifest names and is nowhere is listed, not refused: it may
+//!    never have been here, and an undo gives back what was, damage included.
 //! 2. Nothing newer is replaced. Content under the same digest is the same content, so it is no obstacle; a tag is.
 //! 3. A manifest comes back with all it names: what a later sweep took is fetched from its transaction.
 //! 4. Order: blobs, layer links, revisions, tags, with a sync between, so that the registry is valid throughout.
