@@ -10,6 +10,7 @@
 //! Digests and names are numbers ([`intern`]); whatever there is many of is a flat list of them.
 
 pub mod intern;
+mod manifests;
 pub mod scan;
 
 use std::collections::{BTreeMap, HashMap};
