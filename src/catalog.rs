@@ -13,7 +13,7 @@ pub mod intern;
 mod manifests;
 pub mod scan;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -46,6 +46,8 @@ pub struct Catalog {
     pub tables: Tables,
     /// By name (of the directory below `repositories`), in order; those with invalid names as well.
     pub repositories: BTreeMap<PathBuf, Arc<Repository>>,
+    /// Directories below `repositories` with valid names, repositories or not; where a storage has such.
+    pub namespaces: BTreeSet<PathBuf>,
     /// Every manifest that a repository, a tag or an index names.
     pub manifests: Arc<Manifests>,
     /// Blobs whose directory exists, in order of their digests. Whether the bytes are there, a stat tells.
@@ -270,6 +272,7 @@ impl Catalog {
         Catalog {
             tables: Tables::default(),
             repositories: BTreeMap::new(),
+            namespaces: BTreeSet::new(),
             manifests: Arc::default(),
             blobs: Arc::default(),
             present: Arc::default(),
@@ -334,6 +337,7 @@ impl Catalog {
             self.manifests.len() == other.manifests.len() && self.manifests.iter().all(known)
         };
         self.repositories == other.repositories
+            && self.namespaces == other.namespaces
             && self.blobs == other.blobs
             && self.aliases == other.aliases
             && self.problems == other.problems

@@ -139,7 +139,15 @@ impl Engine {
         let tables = Tables::default();
         let began = Instant::now();
         let catalog = scan(&*store, &tables, None);
-        let snapshot = Snapshot::new(catalog, trash::ids(&*store)?);
+        let ids = match trash::ids(&*store) {
+            // Only its owner may look into the trash; others see the rest.
+            Err(e) if settings.read_only => {
+                log::warn!("{e}");
+                Vec::new()
+            }
+            ids => ids?,
+        };
+        let snapshot = Snapshot::new(catalog, ids);
         let cost = began.elapsed();
         log::info!(
             "looked at {} repositories, {} manifests, {} blobs in {cost:?}",

@@ -54,6 +54,7 @@ pub struct Snapshot {
     mark: OnceLock<Mark>,
     listed: OnceLock<IdSet>,
     uses: OnceLock<Uses>,
+    is_judged: OnceLock<bool>,
     candidates: OnceLock<Vec<Candidate>>,
     missing: OnceLock<Vec<DigestId>>,
     untagged: OnceLock<Untagged>,
@@ -81,9 +82,10 @@ impl Snapshot {
     pub fn new(catalog: Catalog, trash: Vec<String>) -> Snapshot {
         let mut directories: BTreeMap<PathBuf, BTreeSet<OsString>> = BTreeMap::new();
         directories.insert(PathBuf::new(), BTreeSet::new());
-        for repository in catalog.repositories.values().filter(|r| r.is_valid) {
-            directories.entry(repository.name.clone()).or_default();
-            for path in repository.name.ancestors() {
+        let repositories = catalog.repositories.values().filter(|r| r.is_valid).map(|r| &r.name);
+        for directory in repositories.chain(&catalog.namespaces) {
+            directories.entry(directory.clone()).or_default();
+            for path in directory.ancestors() {
                 if let (Some(parent), Some(name)) = (path.parent(), path.file_name()) {
                     directories.entry(parent.to_path_buf()).or_default().insert(name.to_os_string());
                 }
@@ -96,6 +98,7 @@ impl Snapshot {
             mark: OnceLock::new(),
             listed: OnceLock::new(),
             uses: OnceLock::new(),
+            is_judged: OnceLock::new(),
             candidates: OnceLock::new(),
             missing: OnceLock::new(),
             untagged: OnceLock::new(),
@@ -183,8 +186,16 @@ impl Snapshot {
         })
     }
 
+    /// Whether a collection could run; otherwise nothing can be called garbage.
+    pub fn is_judged(&self) -> bool {
+        *self.is_judged.get_or_init(|| self.catalog.obstacles().is_empty())
+    }
+
     /// Unreferenced blobs with their ages, in the order of their numbers.
     pub fn candidates(&self, store: &dyn Store) -> &[Candidate] {
+        if !self.is_judged() {
+            return &[];
+        }
         self.candidates.get_or_init(|| match plan::candidates(store, &self.catalog, self.mark()) {
             Ok((mut candidates, _)) => {
                 candidates.sort_unstable_by_key(|c| c.digest);

@@ -596,6 +596,38 @@ fn rm_r_removes_a_repository_and_nothing_else() {
 }
 
 #[test]
+fn rm_r_works_on_untagged_manifests_and_on_whole_namespaces() {
+    if !have(NEEDS) {
+        return;
+    }
+    let registry = Registry::start();
+    let (one, two) = pair();
+    // The second push leaves the first manifest without a tag.
+    registry.push("team/app", Some("1"), &one);
+    registry.push("team/app", Some("1"), &two);
+    registry.push("team/tools/lint", Some("1"), &one);
+    registry.push("other", Some("1"), &two);
+    let mount = Mount::of(&registry.store());
+    sh(mount.point(), "rm -r images/team/app").outcome().exits(0);
+    sh(mount.point(), "rm -r images/team").outcome().exits(0);
+    assert_eq!(mount.list("images"), ["other"]);
+    assert!(!registry.store().join("docker/registry/v2/repositories/team").exists());
+}
+
+#[test]
+fn tail_follows_the_log() {
+    if !have(NEEDS) {
+        return;
+    }
+    let registry = Registry::start();
+    registry.push("app", Some("1"), &alpine());
+    let mount = Mount::of(&registry.store());
+    let line = "timeout 20 tail -n +1 -f control/log | grep -q --line-buffered dry-run";
+    let story = format!("({line}) & sleep 1; echo dry-run > control/gc; wait $!");
+    sh(mount.point(), &story).outcome().exits(0);
+}
+
+#[test]
 fn a_repository_in_another_ones_path_survives_it() {
     if !have(NEEDS) {
         return;

@@ -15,7 +15,7 @@
 //! A `list` per directory; a `read` per tag, revision and manifest. Again: a `stat` per tag and revision.
 //! No call per layer or per blob.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,7 +48,7 @@ pub fn scan(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>) -> C
     }
     let present: IdSet = blobs.iter().copied().collect();
     let manifests = Arc::new(scan.manifests(&present));
-    let Scan { mut problems, aliases, repositories, .. } = scan;
+    let Scan { mut problems, aliases, repositories, namespaces, .. } = scan;
     sort(&mut problems);
     let known = |name: &Path| previous.and_then(|p| p.repositories.get(name));
     let shared = |name: &Path, repository: Repository| match known(name) {
@@ -57,7 +57,17 @@ pub fn scan(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>) -> C
     };
     let repositories = repositories.into_iter().map(|(name, r)| (name.clone(), shared(&name, r))).collect();
     let (blobs, present, aliases) = (blobs.into(), Arc::new(present), Arc::new(aliases));
-    Catalog { tables: tables.clone(), repositories, manifests, blobs, present, aliases, problems, scanned_at }
+    Catalog {
+        tables: tables.clone(),
+        repositories,
+        namespaces,
+        manifests,
+        blobs,
+        present,
+        aliases,
+        problems,
+        scanned_at,
+    }
 }
 
 /// Looks at one repository again; everything else is as in `previous`.
@@ -66,7 +76,18 @@ pub fn rescan(store: &dyn Store, previous: &Catalog, name: &Path) -> Catalog {
     // It goes on being as old as the oldest look in it: that tells which links were at rest when they were read.
     let mut catalog = previous.clone();
     let own = [layout::MANIFESTS, layout::LAYERS, layout::UPLOADS];
-    let entries = scan.list(&layout::repository(name), Effect::StopsSweep);
+    let place = layout::repository(name);
+    let entries = match store.list(&place) {
+        Ok(Some(entries)) => entries,
+        Ok(None) => {
+            catalog.namespaces.remove(name);
+            Vec::new()
+        }
+        Err(e) => {
+            scan.failed(&place, &e, Effect::StopsSweep);
+            Vec::new()
+        }
+    };
     if entries.iter().any(|e| own.iter().any(|own| e.name == *own)) {
         let is_valid = name.components().all(|c| layout::is_name_component(c.as_os_str()));
         scan.repository(name, is_valid);
@@ -106,6 +127,7 @@ pub(super) struct Scan<'a> {
     pub(super) problems: Vec<Problem>,
     aliases: Aliases,
     pub(super) repositories: BTreeMap<PathBuf, Repository>,
+    namespaces: BTreeSet<PathBuf>,
 }
 
 /// What stands in a link file.
@@ -125,6 +147,7 @@ impl<'a> Scan<'a> {
             problems: Vec::new(),
             aliases: HashMap::new(),
             repositories: BTreeMap::new(),
+            namespaces: BTreeSet::new(),
         }
     }
 
@@ -216,6 +239,9 @@ impl<'a> Scan<'a> {
 
     /// Everything below a directory of `repositories`.
     fn namespace(&mut self, name: &Path, is_valid: bool) {
+        if is_valid && !name.as_os_str().is_empty() {
+            self.namespaces.insert(name.to_path_buf());
+        }
         let path = layout::repository(name);
         let mut is_repository = false;
         for entry in self.list(&path, Effect::StopsSweep) {

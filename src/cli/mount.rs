@@ -30,7 +30,7 @@ const READY: &[u8] = b"ready\n";
 pub(super) struct MountArgs {
     /// The registry's rootdirectory or its config.yml
     store: PathBuf,
-    /// An empty directory
+    /// A directory
     mountpoint: PathBuf,
     /// Stay in the foreground and log to stderr
     #[arg(long, short)]
@@ -73,7 +73,9 @@ pub(super) fn umount(mountpoint: &Path) -> Result<Outcome> {
 
 /// Starts ourselves again as a daemon and waits until the mount answers.
 fn start_daemon(typed_args: &[OsString]) -> Result<Outcome> {
-    let program = Path::new("/proc/self/exe");
+    // By its own name, so that `pgrep regfs` finds it; that name is gone when the program was replaced meanwhile.
+    let program = std::env::current_exe().ok().filter(|p| p.exists());
+    let program = program.as_deref().unwrap_or(Path::new("/proc/self/exe"));
     let child = Command::new(program)
         // Right after `mount`: behind a `--` it would be no option.
         .args(typed_args.iter().skip(1).take(1))
@@ -101,6 +103,9 @@ fn start_daemon(typed_args: &[OsString]) -> Result<Outcome> {
 
 fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     let storage_root = storage_root(&args.store, environment)?;
+    // Its name is shown long after the working directory has changed.
+    let storage_root =
+        storage_root.canonicalize().map_err(|e| Error::io("find the storage", &storage_root, e))?;
     let mountpoint = mount::absolute(&args.mountpoint)?;
     refuse_inside(&storage_root, &mountpoint)?;
     let store = Disk::open(&storage_root)?;
@@ -129,12 +134,11 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
 
 /// A mount inside its own storage would wait for itself.
 fn refuse_inside(storage_root: &Path, mountpoint: &Path) -> Result<()> {
-    let root = storage_root.canonicalize().map_err(|e| Error::io("find the storage", storage_root, e))?;
-    match mountpoint.starts_with(&root) {
+    match mountpoint.starts_with(storage_root) {
         true => Err(Error::invalid(format!(
             "{} lies inside the storage {}; mount it elsewhere",
             mountpoint.display(),
-            root.display()
+            storage_root.display()
         ))),
         false => Ok(()),
     }

@@ -85,8 +85,14 @@ impl Engine {
         };
         match node {
             // These stand in every repository and are empty or not; they go with it.
-            Node::Tags(_) | Node::Revisions(_) | Node::RevisionsOf(..) | Node::Uploads(_) => {
-                match view.list(node)?.unwrap_or_default().is_empty() {
+            Node::Tags(id) | Node::Revisions(id) | Node::RevisionsOf(_, id) | Node::Uploads(id) => {
+                let repository = snapshot.path(id).and_then(|name| snapshot.repository(&name).cloned());
+                let is_empty = repository.is_none_or(|r| match node {
+                    Node::Tags(_) => r.tags.is_empty(),
+                    Node::Uploads(_) => r.uploads.is_empty(),
+                    _ => r.revisions.is_empty(),
+                });
+                match is_empty {
                     true => Ok(()),
                     false => Err(Error::NotEmpty { what: name.display().to_string() }),
                 }

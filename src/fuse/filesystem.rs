@@ -50,6 +50,8 @@ pub struct RegistryFilesystem {
 enum Handle {
     Directory(Arc<[(std::ffi::OsString, Node, FileType)]>),
     Text(Arc<[u8]>),
+    /// Grows while it is open, so that `tail -f` sees what is added.
+    Log,
     Bytes(Arc<dyn Reader>),
 }
 
@@ -165,8 +167,9 @@ impl RegistryFilesystem {
             return Ok((Handle::Bytes(reader), flags));
         }
         let text = self.engine.text(&snapshot, node).ok_or_else(missing)?;
+        let handle = if node == Node::ControlLog { Handle::Log } else { Handle::Text(text) };
         // Its size may differ from what stat said a moment ago.
-        Ok((Handle::Text(text), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH))
+        Ok((handle, FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH))
     }
 
     /// Makes a change on a thread of its own: it may wait for another regfs, and there are few threads that answer.
@@ -326,7 +329,11 @@ impl Filesystem for RegistryFilesystem {
         reply: ReplyData,
     ) {
         match self.handle(handle) {
-            Some(Handle::Text(text)) => {
+            Some(handle @ (Handle::Text(_) | Handle::Log)) => {
+                let text = match handle {
+                    Handle::Text(text) => text,
+                    _ => self.engine.control_text(Node::ControlLog).unwrap_or_default(),
+                };
                 let start = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
                 let end = start.saturating_add(size as usize).min(text.len());
                 reply.data(&text[start..end]);

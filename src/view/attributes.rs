@@ -71,7 +71,9 @@ impl View<'_> {
 
     fn blob(&self, id: DigestId, plain: Attributes) -> Result<Option<Attributes>> {
         let Some(digest) = self.snapshot.catalog.tables.digests.checked(id) else { return Ok(None) };
-        let links = self.snapshot.mark().references(id).saturating_add(1);
+        // A single link says "garbage", which nobody can say while something can't be judged.
+        let least = if self.snapshot.is_judged() { 1 } else { 2 };
+        let links = self.snapshot.mark().references(id).saturating_add(1).max(least);
         let stat = match self.store.stat(&layout::blob_data(&digest)) {
             Ok(stat) => stat,
             // Shown as an empty file, so that a revision whose bytes are hidden can be removed.

@@ -110,6 +110,12 @@ impl View<'_> {
             // Writing to a string can't fail.
             let _ = writeln!(text, "{}", line.trim_end());
         }
+        if !snapshot.is_judged() {
+            let _ = writeln!(
+                text,
+                "nothing can be called garbage before what stops collections is mended: see broken/"
+            );
+        }
         let _ = writeln!(text, "looked at the storage at {}", timestamp(catalog.scanned_at));
         text
     }

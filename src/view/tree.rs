@@ -181,9 +181,8 @@ impl View<'_> {
             Node::Namespace(path) => self.snapshot.path(path).and_then(|path| self.images(&path)),
             Node::Tags(id) => self.repository(id).map(|r| self.tags(id, r)),
             Node::Revisions(id) => self.repository(id).map(|r| {
-                let digests =
-                    r.revisions.iter().map(|revision| self.snapshot.catalog.digest(revision.digest));
-                algorithms(digests).map(|a| entry(a.name(), Node::RevisionsOf(a, id))).collect()
+                let ids: Vec<DigestId> = r.revisions.iter().map(|revision| revision.digest).collect();
+                self.algorithms_of(&ids, |a| Node::RevisionsOf(a, id))
             }),
             Node::RevisionsOf(algorithm, id) => self.repository(id).map(|r| self.revisions(r, algorithm)),
             Node::Uploads(id) => self.repository(id).map(|r| {
@@ -286,7 +285,7 @@ impl View<'_> {
     }
 
     /// A directory for each algorithm among `ids`; the one that nearly all are under is always there.
-    pub(super) fn algorithms_of(&self, ids: &[DigestId], node: fn(Algorithm) -> Node) -> Entries {
+    pub(super) fn algorithms_of(&self, ids: &[DigestId], node: impl Fn(Algorithm) -> Node) -> Entries {
         let usual = std::iter::once(Digest::of(Algorithm::Sha256, b""));
         let digests = usual.chain(ids.iter().map(|id| self.snapshot.catalog.digest(*id)));
         algorithms(digests).map(|a| entry(a.name(), node(a))).collect()
