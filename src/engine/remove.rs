@@ -98,7 +98,9 @@ impl Engine {
                 }
             }
             Node::Namespace(path) => {
-                let path = snapshot.path(path).unwrap_or_default();
+                // Never "" in its stead: that would mean the directory of all repositories.
+                let missing = || Error::NotFound { what: name.display().to_string() };
+                let path = snapshot.path(path).ok_or_else(missing)?;
                 let shown = format!("images/{}", path.display());
                 let mut changing = locked(&self.changing);
                 let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
