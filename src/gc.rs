@@ -113,7 +113,7 @@ pub fn run(
     let mut report = Report::new(Mode::Sweep, options, &catalog, &plan);
     report.set_restored(&restored);
     let taken = sweep::take(store, &catalog, &plan, options, author, progress)?;
-    report.set_taken(&plan, taken);
+    report.set_taken(tables, &plan, taken);
 
     // Things were taken by now: whatever fails from here on belongs into the report of that.
     progress.phase("purge", 0);

@@ -1,7 +1,7 @@
 //! Report: what a run decided and did, as text and as JSON.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::Options;
 use super::plan::{Item, ItemKind, Plan, Young};
 use super::sweep::Taken;
-use crate::catalog::{Catalog, Problem};
+use crate::catalog::{Catalog, Problem, Tables};
 use crate::digest::Digest;
 use crate::error::count;
 use crate::trash::purge::Purged;
@@ -43,7 +43,7 @@ pub struct Report {
     /// The transaction with what was taken.
     pub transaction: Option<String>,
     /// What was taken, or would be.
-    pub taken: Vec<Item>,
+    pub taken: Vec<TakenItem>,
     /// Garbage that is too young.
     pub kept_young: Vec<KeptYoung>,
     /// Transactions whose undo ended because their bytes are gone.
@@ -58,6 +58,33 @@ pub struct Report {
     pub problems: Vec<ReportedProblem>,
     #[serde(skip)]
     grace: Duration,
+}
+
+/// Something taken, or that would be.
+#[derive(Clone, Debug, Serialize)]
+pub struct TakenItem {
+    /// What sort.
+    pub kind: ItemKind,
+    /// What moves, below the registry directory.
+    pub path: PathBuf,
+    /// The content it is or leads to.
+    pub digest: Option<Digest>,
+    /// Bytes that a purge frees.
+    pub bytes: u64,
+    /// Why it is garbage.
+    pub reason: String,
+}
+
+impl TakenItem {
+    fn new(item: &Item, tables: &Tables) -> TakenItem {
+        TakenItem {
+            kind: item.kind(),
+            path: item.path(tables),
+            digest: item.digest().map(|id| tables.digests.get(id)),
+            bytes: item.bytes,
+            reason: item.reason.to_string(),
+        }
+    }
 }
 
 /// Garbage that is too young.
@@ -104,8 +131,11 @@ impl Report {
             what: p.what.clone(),
             effect: p.effect.to_string(),
         };
-        let young =
-            |y: &Young| KeptYoung { digest: y.digest, bytes: y.bytes, eligible_at: timestamp(y.eligible_at) };
+        let young = |y: &Young| KeptYoung {
+            digest: catalog.digest(y.digest),
+            bytes: y.bytes,
+            eligible_at: timestamp(y.eligible_at),
+        };
         Report {
             mode,
             repositories: catalog.repositories.len(),
@@ -114,7 +144,7 @@ impl Report {
             freed_bytes: 0,
             quarantined_bytes: plan.bytes(),
             transaction: None,
-            taken: plan.items.clone(),
+            taken: plan.items.iter().map(|i| TakenItem::new(i, &catalog.tables)).collect(),
             kept_young: plan.young.iter().map(young).collect(),
             dropped_transactions: Vec::new(),
             purged_transactions: Vec::new(),
@@ -131,8 +161,9 @@ impl Report {
     }
 
     /// Describes what was taken of `plan`.
-    pub fn set_taken(&mut self, plan: &Plan, taken: Taken) {
-        self.taken = taken.items.iter().filter_map(|at| plan.items.get(*at)).cloned().collect();
+    pub fn set_taken(&mut self, tables: &Tables, plan: &Plan, taken: Taken) {
+        let items = taken.items.iter().filter_map(|at| plan.items.get(*at));
+        self.taken = items.map(|item| TakenItem::new(item, tables)).collect();
         self.quarantined_bytes = self.taken.iter().map(|i| i.bytes).sum();
         self.transaction = taken.transaction;
         self.failures.extend(taken.failures.iter().map(ToString::to_string));
@@ -172,7 +203,10 @@ impl Report {
         }
         for item in &self.taken {
             match item.kind {
-                ItemKind::Blob => writeln!(f, "blob {} {} {}", item.digest, item.bytes, item.reason)?,
+                ItemKind::Blob => {
+                    let name = item.path.parent().and_then(Path::file_name).unwrap_or_default();
+                    writeln!(f, "blob {} {} {}", name.display(), item.bytes, item.reason)?;
+                }
                 ItemKind::LayerLink => writeln!(f, "layer-link {} {}", item.path.display(), item.reason)?,
                 ItemKind::Revision => writeln!(f, "revision {} {}", item.path.display(), item.reason)?,
             }
@@ -198,7 +232,7 @@ impl Report {
 
     /// What came of it, in a line.
     pub fn outcome(&self) -> String {
-        let blobs: Vec<&Item> = self.taken.iter().filter(|i| i.kind == ItemKind::Blob).collect();
+        let blobs: Vec<&TakenItem> = self.taken.iter().filter(|i| i.kind == ItemKind::Blob).collect();
         let what = format!("{} ({})", count(blobs.len(), "blob"), human(blobs.iter().map(|i| i.bytes).sum()));
         match (self.mode, &self.transaction) {
             (Mode::DryRun, _) if self.taken.is_empty() => "nothing to free".to_string(),

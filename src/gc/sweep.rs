@@ -47,18 +47,18 @@ pub fn take(
             break;
         }
         // The next kind relies on the one before being gone for good: no link may outlive its blob in a crash.
-        if last.is_some_and(|kind| kind != item.kind)
+        if last.is_some_and(|kind| kind != item.kind())
             && let Err(e) = store.sync()
         {
             taken.failures.push(e);
             break;
         }
-        last = Some(item.kind);
-        let id = catalog.tables.digests.find(&item.digest);
+        last = Some(item.kind());
+        let id = item.digest();
         if id.is_some_and(|id| needed.contains(id)) {
             continue;
         }
-        match take_one(store, &transaction, item, options) {
+        match take_one(store, &transaction, item, &item.path(&catalog.tables), options) {
             Ok(true) => taken.items.push(at),
             Ok(false) => {}
             Err(e) => {
@@ -82,11 +82,17 @@ pub fn take(
     Ok(taken)
 }
 
-fn take_one(store: &dyn Store, transaction: &Transaction, item: &Item, options: &Options) -> Result<bool> {
-    let was_there = transaction.take(store, &item.path)?;
+fn take_one(
+    store: &dyn Store,
+    transaction: &Transaction,
+    item: &Item,
+    path: &Path,
+    options: &Options,
+) -> Result<bool> {
+    let was_there = transaction.take(store, path)?;
     // Beside a live registry directories stay: it makes them, then renames into them. `now` says there is none.
-    if options.now && item.kind == ItemKind::Blob && was_there {
-        store.prune(item.path.parent().unwrap_or(Path::new(layout::BLOBS)))?;
+    if options.now && item.kind() == ItemKind::Blob && was_there {
+        store.prune(path.parent().unwrap_or(Path::new(layout::BLOBS)))?;
     }
     Ok(was_there)
 }
