@@ -9,29 +9,55 @@
 //! # Layout
 //! Digests and names are numbers ([`intern`]); whatever there is many of is a flat list of them.
 
+pub mod cache;
 pub mod intern;
 mod manifests;
 pub mod scan;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::digest::Digest;
 use crate::layout;
-use crate::manifest::Kind;
-use crate::store::Stat;
+use crate::manifest::{self, Kind};
+use crate::store::Version;
 use intern::{DigestId, Digests, IdSet, NameId, Names};
 
-/// What two catalogs of the same store have in common: the numbers.
-#[derive(Clone, Default)]
+/// What two catalogs of the same store have in common: the numbers, and how the store is looked at.
+#[derive(Clone)]
 pub struct Tables {
     /// Numbers of digests.
     pub digests: Arc<Digests>,
     /// Numbers of names.
     pub names: Arc<Names>,
+    /// Manifests parsed by an earlier process; their digests vouch for them.
+    pub known: Arc<Manifests>,
+    /// How many threads look at the store.
+    pub threads: NonZeroUsize,
+}
+
+impl Tables {
+    /// Nothing known; as many threads as given, else as many as there are processors.
+    pub fn new(threads: Option<NonZeroUsize>) -> Tables {
+        let threads = threads.or_else(|| std::thread::available_parallelism().ok());
+        Tables { threads: threads.unwrap_or(NonZeroUsize::MIN), ..Tables::default() }
+    }
+}
+
+impl Default for Tables {
+    /// Nothing known, one thread.
+    fn default() -> Tables {
+        Tables {
+            digests: Arc::default(),
+            names: Arc::default(),
+            known: Arc::default(),
+            threads: NonZeroUsize::MIN,
+        }
+    }
 }
 
 /// Manifests by the number of their digest.
@@ -50,7 +76,7 @@ pub struct Catalog {
     pub namespaces: BTreeSet<PathBuf>,
     /// Every manifest that a repository, a tag or an index names.
     pub manifests: Arc<Manifests>,
-    /// Blobs whose directory exists, in order of their digests. Whether the bytes are there, a stat tells.
+    /// Blobs whose directory exists, by the first byte of their digests. Whether the bytes are there, a stat tells.
     pub blobs: Arc<[DigestId]>,
     /// The same as a set.
     pub present: Arc<IdSet>,
@@ -102,8 +128,8 @@ pub struct Revision {
     pub digest: DigestId,
     /// The digest in the link, whose bytes are served; the same unless someone tampered.
     pub target: DigestId,
-    /// Facts of the link file: its time is the last push.
-    pub stat: Stat,
+    /// Facts of the link file: its time is the last push. Unknown after a quick look, or where a call failed.
+    pub version: Version,
     /// The content was read, and is a digest.
     pub is_readable: bool,
 }
@@ -115,8 +141,8 @@ pub struct Tag {
     pub name: NameId,
     /// What it points at; `None` when its link can't be read.
     pub target: Option<DigestId>,
-    /// Facts of `current/link`: its time is the push. `None` when that file is missing.
-    pub stat: Option<Stat>,
+    /// Facts of `current/link`: its time is the push. Unknown when that file is missing.
+    pub version: Version,
 }
 
 /// What is known of a manifest.
@@ -133,57 +159,147 @@ pub enum Manifest {
     Missing,
 }
 
-/// A manifest as numbers; see [`crate::manifest::Manifest`] for what the fields mean.
-#[derive(Clone, Debug)]
+/// A manifest as numbers; see [`crate::manifest::Manifest`] for what they mean.
+///
+/// Kept small, there are as many as images: 40 bytes, and 16 for each descriptor.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Parsed {
-    /// What sort it is.
-    pub kind: Kind,
     /// Its media type.
     pub media_type: NameId,
-    /// Its artifact type.
-    pub artifact_type: Option<NameId>,
-    /// Bytes.
-    pub size: u64,
-    /// The config.
-    pub config: Option<Descriptor>,
-    /// The layers.
-    pub layers: Box<[Descriptor]>,
-    /// The children.
-    pub children: Box<[Descriptor]>,
-    /// What it is about.
-    pub subject: Option<DigestId>,
-    /// Further digests that count.
-    pub others: Box<[DigestId]>,
-    /// Why `others` was needed.
-    pub odd: Option<Box<str>>,
+    /// Bytes; no manifest is larger than 4 MiB.
+    pub size: u32,
+    /// What sort it is.
+    pub kind: Kind,
+    /// Config, layers, children, in this order.
+    named: Box<[Descriptor]>,
+    layers: u32,
+    has_config: bool,
+    /// No digest stands in it twice.
+    is_simple: bool,
+    rare: Option<Box<Rare>>,
+}
+
+/// What most manifests lack.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Rare {
+    artifact_type: Option<NameId>,
+    subject: Option<DigestId>,
+    /// Of each child.
+    platforms: Box<[Option<NameId>]>,
+    others: Box<[DigestId]>,
+    odd: Option<Box<str>>,
 }
 
 /// What a manifest names.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Descriptor {
-    /// The content.
-    pub digest: DigestId,
     /// Bytes, as the manifest claims.
     pub size: u64,
+    /// The content.
+    pub digest: DigestId,
     /// Its media type.
     pub media_type: NameId,
-    /// For children of an index.
-    pub platform: Option<NameId>,
 }
 
 impl Parsed {
-    /// Everything this manifest holds, each once: config, layers, children, whatever odd text names. Not its subject.
-    pub fn references(&self) -> Vec<DigestId> {
-        let named = self.config.iter().chain(&self.layers).chain(&self.children).map(|d| d.digest);
-        let mut all: Vec<DigestId> = named.chain(self.others.iter().copied()).collect();
-        all.sort_unstable();
-        all.dedup();
-        all
+    /// The numbers of a manifest of `size` bytes.
+    pub fn new(manifest: &manifest::Manifest<'_>, size: usize, tables: &Tables) -> Parsed {
+        let digest = |d: &Digest| tables.digests.intern(d);
+        let name = |name: &str| tables.names.intern(OsStr::new(name));
+        let descriptor = |d: &manifest::Descriptor<'_>| Descriptor {
+            digest: digest(&d.digest),
+            size: d.size,
+            media_type: name(&d.media_type),
+        };
+        let named = manifest.config.iter().chain(&manifest.layers).chain(&manifest.children);
+        let rare = Rare {
+            artifact_type: manifest.artifact_type.as_deref().map(name),
+            subject: manifest.subject.as_ref().map(digest),
+            platforms: manifest.children.iter().map(|d| d.platform.as_deref().map(name)).collect(),
+            others: manifest.others.iter().map(digest).collect(),
+            odd: manifest.odd.as_deref().map(Into::into),
+        };
+        let parsed = Parsed {
+            media_type: name(&manifest.media_type),
+            size: u32::try_from(size).unwrap_or(u32::MAX),
+            kind: manifest.kind,
+            named: named.map(descriptor).collect(),
+            layers: manifest.layers.len() as u32,
+            has_config: manifest.config.is_some(),
+            is_simple: false,
+            rare: (rare != Rare::default()).then(|| Box::new(rare)),
+        };
+        parsed.with_simplicity()
+    }
+
+    fn with_simplicity(self) -> Parsed {
+        let is_simple = self.others().is_empty() && self.named.len() == self.references().len();
+        Parsed { is_simple, ..self }
+    }
+
+    /// The config.
+    pub fn config(&self) -> Option<&Descriptor> {
+        self.named.first().filter(|_| self.has_config)
+    }
+
+    /// The layers, the base first.
+    pub fn layers(&self) -> &[Descriptor] {
+        &self.named[self.has_config as usize..][..self.layers as usize]
+    }
+
+    /// The children of an index.
+    pub fn children(&self) -> &[Descriptor] {
+        &self.named[self.has_config as usize + self.layers as usize..]
+    }
+
+    /// The children and their platforms.
+    pub fn platforms(&self) -> impl Iterator<Item = (&Descriptor, Option<NameId>)> {
+        let platforms = self.rare.iter().flat_map(|r| r.platforms.iter().copied());
+        self.children().iter().zip(platforms.chain(std::iter::repeat(None)))
+    }
+
+    /// Its artifact type.
+    pub fn artifact_type(&self) -> Option<NameId> {
+        self.rare.as_ref().and_then(|r| r.artifact_type)
+    }
+
+    /// What it is about.
+    pub fn subject(&self) -> Option<DigestId> {
+        self.rare.as_ref().and_then(|r| r.subject)
+    }
+
+    /// Further digests that count, and why they do.
+    pub fn others(&self) -> &[DigestId] {
+        self.rare.as_ref().map_or(&[], |r| &r.others)
+    }
+
+    /// Why [`Parsed::others`] was needed.
+    pub fn odd(&self) -> Option<&str> {
+        self.rare.as_ref().and_then(|r| r.odd.as_deref())
     }
 
     /// Config, layers and children with what is said about them.
-    pub fn descriptors(&self) -> impl Iterator<Item = &Descriptor> {
-        self.config.iter().chain(&self.layers).chain(&self.children)
+    pub fn descriptors(&self) -> &[Descriptor] {
+        &self.named
+    }
+
+    /// Everything this manifest holds, each once: config, layers, children, whatever odd text names. Not its subject.
+    pub fn references(&self) -> Vec<DigestId> {
+        let mut all: Vec<DigestId> =
+            self.named.iter().map(|d| d.digest).chain(self.others().iter().copied()).collect();
+        if !self.is_simple {
+            all.sort_unstable();
+            all.dedup();
+        }
+        all
+    }
+
+    /// The same, without making a list of it.
+    pub fn each_reference(&self, mut each: impl FnMut(DigestId)) {
+        match self.is_simple {
+            true => self.named.iter().for_each(|d| each(d.digest)),
+            false => self.references().into_iter().for_each(each),
+        }
     }
 }
 

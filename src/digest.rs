@@ -78,10 +78,13 @@ impl Digest {
             return None;
         }
         let mut bytes = [0; 64];
+        let mut wrong = 0;
         for (byte, pair) in bytes.iter_mut().zip(hex.as_bytes().chunks_exact(2)) {
-            *byte = hex_value(pair[0])? << 4 | hex_value(pair[1])?;
+            let (high, low) = (HEX_VALUES[pair[0] as usize], HEX_VALUES[pair[1] as usize]);
+            wrong |= high | low;
+            *byte = high << 4 | low & 15;
         }
-        Some(Digest { algorithm, bytes })
+        (wrong & NO_DIGIT == 0).then_some(Digest { algorithm, bytes })
     }
 
     /// The hash function.
@@ -96,12 +99,8 @@ impl Digest {
 
     /// The hash as lower-case hex.
     pub fn hex(&self) -> String {
-        let mut text = String::with_capacity(self.algorithm.size() * 2);
-        for byte in self.as_bytes() {
-            text.push(HEX[(byte >> 4) as usize] as char);
-            text.push(HEX[(byte & 15) as usize] as char);
-        }
-        text
+        let digits = self.as_bytes().iter().flat_map(|byte| [byte >> 4, byte & 15]);
+        digits.map(|digit| HEX[digit as usize] as char).collect()
     }
 
     /// The first twelve hex digits, for names that people read.
@@ -114,13 +113,19 @@ impl Digest {
 
 const HEX: &[u8; 16] = b"0123456789abcdef";
 
-fn hex_value(digit: u8) -> Option<u8> {
-    match digit {
-        b'0'..=b'9' => Some(digit - b'0'),
-        b'a'..=b'f' => Some(digit - b'a' + 10),
-        _ => None,
+/// Set in the value of what is no lower-case hex digit.
+const NO_DIGIT: u8 = 0x80;
+
+/// Values of hex digits; a table, since a scan reads millions of them.
+const HEX_VALUES: [u8; 256] = {
+    let mut values = [NO_DIGIT; 256];
+    let mut digit = 0;
+    while digit < HEX.len() {
+        values[HEX[digit] as usize] = digit as u8;
+        digit += 1;
     }
-}
+    values
+};
 
 /// Not a digest; the text stands in the message of whoever tried to parse it.
 #[derive(Debug, PartialEq, Eq)]

@@ -53,7 +53,8 @@ pub fn removal_of_tag(catalog: &Catalog, repository: &Repository, tag: &Tag) -> 
 /// [`Error::Busy`] while an index of the repository holds it, [`Error::Unjudged`] when a call failed, so that what
 /// holds it is unknown.
 pub fn removal_of_manifest(catalog: &Catalog, repository: &Repository, digest: DigestId) -> Result<Removal> {
-    let names_it = |m: &Parsed| m.children.iter().any(|d| d.digest == digest) || m.others.contains(&digest);
+    let names_it =
+        |m: &Parsed| m.children().iter().any(|d| d.digest == digest) || m.others().contains(&digest);
     let holder = repository
         .revisions
         .iter()
@@ -87,7 +88,7 @@ impl<'a> Edges<'a> {
     fn new(catalog: &'a Catalog, repository: &'a Repository) -> Edges<'a> {
         let mut referrers: HashMap<DigestId, Vec<DigestId>> = HashMap::new();
         for revision in &repository.revisions {
-            if let Some(subject) = catalog.parsed(revision.target).and_then(|m| m.subject) {
+            if let Some(subject) = catalog.parsed(revision.target).and_then(|m| m.subject()) {
                 referrers.entry(subject).or_default().push(revision.digest);
             }
         }
@@ -146,12 +147,13 @@ impl<'a> Edges<'a> {
         }
         for revision in self.repository.revisions.iter().filter(|r| !set.contains(&r.digest)) {
             if let Some(parsed) = self.catalog.parsed(revision.target) {
-                let named = parsed.descriptors().map(|d| d.digest).chain(parsed.others.iter().copied());
+                let named =
+                    parsed.descriptors().iter().map(|d| d.digest).chain(parsed.others().iter().copied());
                 held.extend(named.filter(|id| set.contains(id)));
             }
         }
         for id in set {
-            let subject = self.parsed(*id).and_then(|m| m.subject);
+            let subject = self.parsed(*id).and_then(|m| m.subject());
             let is_live = |s: &DigestId| !set.contains(s) && self.repository.revision(*s).is_some();
             if subject.is_some_and(|s| is_live(&s)) {
                 held.insert(*id);
@@ -234,7 +236,7 @@ fn take_in_order(
             .revisions
             .iter()
             .filter_map(|r| after.parsed(r.target))
-            .flat_map(|m| m.children.iter().map(|d| d.digest));
+            .flat_map(|m| m.children().iter().map(|d| d.digest));
         let fresh =
             |id: &DigestId| removal.revisions.contains(id) && !was_named(catalog, repository, removal, *id);
         if tagged.chain(named).any(|id| fresh(&id)) {
@@ -265,7 +267,7 @@ fn was_named(catalog: &Catalog, repository: &Repository, removal: &Removal, id: 
     let by_tag = repository.tags.iter().any(|t| !removal.tags.contains(&t.name) && t.target == Some(id));
     by_tag
         || repository.revisions.iter().any(|r| {
-            let names_it = |m: &Parsed| m.children.iter().any(|d| d.digest == id);
+            let names_it = |m: &Parsed| m.children().iter().any(|d| d.digest == id);
             !removal.revisions.contains(&r.digest) && catalog.parsed(r.target).is_some_and(names_it)
         })
 }

@@ -18,9 +18,11 @@ pub mod report;
 pub mod sweep;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::catalog::scan::scan_strictly;
+use crate::catalog::cache::{self, Place};
+use crate::catalog::scan::{scan_quickly, scan_strictly};
 use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
 use crate::store::Store;
@@ -43,6 +45,8 @@ pub struct Options {
     pub keep: Duration,
     /// Free the bytes at once, for a registry that is stopped or read-only.
     pub now: bool,
+    /// Where parsed manifests are kept; nowhere if not given. A dry run writes nothing inside the store.
+    pub cache: Option<Place>,
 }
 
 /// Youngest age that is touched, unless told otherwise.
@@ -52,7 +56,14 @@ pub const DEFAULT_KEEP: Duration = Duration::from_secs(7 * 24 * 3600);
 
 impl Default for Options {
     fn default() -> Options {
-        Options { dry_run: false, untagged: false, grace: DEFAULT_GRACE, keep: DEFAULT_KEEP, now: false }
+        Options {
+            dry_run: false,
+            untagged: false,
+            grace: DEFAULT_GRACE,
+            keep: DEFAULT_KEEP,
+            now: false,
+            cache: None,
+        }
     }
 }
 
@@ -92,16 +103,23 @@ pub fn run(
     author: &Author,
     progress: &dyn Progress,
 ) -> Result<Report> {
+    let known = options.cache.as_ref().map(|place| cache::load(store, place, tables));
+    let tables = &Tables { known: known.map_or_else(|| tables.known.clone(), Arc::new), ..tables.clone() };
     let policy = Policy { untagged: options.untagged, grace: options.grace, now: SystemTime::now() };
     if options.dry_run {
         progress.phase("mark", 0);
-        let catalog = scan_strictly(store, tables, None)?;
+        let catalog = match options.untagged {
+            true => scan_strictly(store, tables, None)?,
+            false => scan_quickly(store, tables)?,
+        };
+        save_cache(store, options, &catalog);
         let plan = Plan::new(store, &catalog, &policy)?;
         return Ok(Report::new(Mode::DryRun, options, &catalog, &plan));
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("mark", 0);
     let (catalog, restored) = give_back(store, tables)?;
+    save_cache(store, options, &catalog);
     let plan = Plan::new(store, &catalog, &policy)?;
 
     progress.phase("re-check", 0);
@@ -121,6 +139,14 @@ pub fn run(
         report.failures.push(e.to_string());
     }
     Ok(report)
+}
+
+/// Keeps what was parsed; a cache that can't be written costs the next run some time, and nothing else.
+fn save_cache(store: &dyn Store, options: &Options, catalog: &Catalog) {
+    let place = options.cache.as_ref().filter(|place| !options.dry_run || **place != Place::Store);
+    if let Some(Err(e)) = place.map(|place| cache::save(store, place, catalog)) {
+        log::warn!("{e}");
+    }
 }
 
 /// Gives back a transaction of the trash and what it names.

@@ -7,7 +7,7 @@
 //! repositories/<name>/_manifests/revisions/<alg>/<hex>/link
 //! repositories/<name>/_manifests/tags/<tag>/{current/link,index/<alg>/<hex>/link}
 //! repositories/<name>/_uploads/<uuid>/{startedat,data,hashstates/…}
-//! .regfs/{lock,trash/<transaction>/…}                                    ours
+//! .regfs/{lock,trash/<transaction>/…,cache/manifests}                    ours
 //! ```
 //! Pure: no I/O, nothing can fail but parsing. Source: distribution `registry/storage/paths.go`.
 
@@ -36,6 +36,8 @@ pub const TAGS: &str = "tags";
 pub const OWN: &str = ".regfs";
 /// File in [`OWN`] that is locked by whoever changes the store.
 pub const LOCK: &str = ".regfs/lock";
+/// The parse cache.
+pub const CACHE: &str = ".regfs/cache";
 /// Transactions.
 pub const TRASH: &str = ".regfs/trash";
 /// The description of a transaction, inside it.

@@ -10,6 +10,7 @@
 //! Sources: OCI image-spec 1.1 `manifest.md`, `image-index.md`, `descriptor.md`; distribution
 //! `manifest/schema1`, `schema2`, `manifestlist`.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -34,32 +35,32 @@ pub enum Kind {
 
 /// What one manifest says about one thing that it names.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Descriptor {
+pub struct Descriptor<'a> {
     /// Name of the content.
     pub digest: Digest,
     /// Bytes, as claimed.
     pub size: u64,
     /// Media type, empty when not given.
-    pub media_type: String,
+    pub media_type: Cow<'a, str>,
     /// `linux-arm64-v8`, for children of an index.
     pub platform: Option<String>,
 }
 
 /// A manifest, read.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Manifest {
+pub struct Manifest<'a> {
     /// What sort it is.
     pub kind: Kind,
     /// Its media type: as it says, else the one its fields imply.
-    pub media_type: String,
+    pub media_type: Cow<'a, str>,
     /// `artifactType`, else the config's media type where that says more than "an image".
-    pub artifact_type: Option<String>,
+    pub artifact_type: Option<Cow<'a, str>>,
     /// The config.
-    pub config: Option<Descriptor>,
+    pub config: Option<Descriptor<'a>>,
     /// The layers in order (`layers`, `blobs` of an artifact, `fsLayers` of schema 1 from the base up).
-    pub layers: Vec<Descriptor>,
+    pub layers: Vec<Descriptor<'a>>,
     /// The children of an index.
-    pub children: Vec<Descriptor>,
+    pub children: Vec<Descriptor<'a>>,
     /// The manifest that this one is about.
     pub subject: Option<Digest>,
     /// Further digests that count because the text is odd.
@@ -108,7 +109,7 @@ pub fn is_manifest_type(media_type: &str) -> bool {
 ///
 /// # Errors
 /// [`NotAManifest`] when the bytes are no JSON object or nest deeper than 128 levels.
-pub fn parse(bytes: &[u8]) -> Result<Manifest, NotAManifest> {
+pub fn parse(bytes: &[u8]) -> Result<Manifest<'_>, NotAManifest> {
     let text = std::str::from_utf8(bytes).map_err(|e| NotAManifest(e.to_string()))?;
     let mut json = serde_json::Deserializer::from_str(text);
     let fields = match json.deserialize_map(FieldsVisitor).and_then(|fields| json.end().map(|()| fields)) {
@@ -139,32 +140,37 @@ fn digests_in(text: &str) -> Result<Vec<Digest>, NotAManifest> {
     Ok(digests)
 }
 
+/// A string of the text, copied only where it has escapes.
+#[derive(serde::Deserialize)]
+#[serde(transparent)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
 /// The fields of a manifest that matter, and whether anything about them is odd.
 #[derive(Default)]
-struct Fields {
+struct Fields<'a> {
     schema_version: u64,
-    media_type: Option<String>,
-    artifact_type: Option<String>,
-    config: Option<Descriptor>,
-    layers: Option<Vec<Descriptor>>,
-    children: Option<Vec<Descriptor>>,
-    blob_sums: Option<Vec<Descriptor>>,
-    subject: Option<Descriptor>,
+    media_type: Option<Text<'a>>,
+    artifact_type: Option<Text<'a>>,
+    config: Option<Descriptor<'a>>,
+    layers: Option<Vec<Descriptor<'a>>>,
+    children: Option<Vec<Descriptor<'a>>>,
+    blob_sums: Option<Vec<Descriptor<'a>>>,
+    subject: Option<Descriptor<'a>>,
     odd: Option<String>,
 }
 
-impl Fields {
-    fn into_manifest(self) -> Manifest {
-        let (kind, media_type) = match &self.media_type {
-            Some(media_type) => (Kind::of_media_type(media_type), media_type.as_str()),
-            None if self.children.is_some() => (Some(Kind::Index), OCI_INDEX),
-            None if self.layers.is_some() => (Some(Kind::Image), OCI_MANIFEST),
+impl<'a> Fields<'a> {
+    fn into_manifest(self) -> Manifest<'a> {
+        let (kind, media_type) = match self.media_type {
+            Some(Text(media_type)) => (Kind::of_media_type(&media_type), media_type),
+            None if self.children.is_some() => (Some(Kind::Index), OCI_INDEX.into()),
+            None if self.layers.is_some() => (Some(Kind::Image), OCI_MANIFEST.into()),
             None if self.blob_sums.is_some() && self.schema_version == 1 => {
-                (Some(Kind::Schema1), DOCKER_SCHEMA1)
+                (Some(Kind::Schema1), DOCKER_SCHEMA1.into())
             }
-            None => (None, ""),
+            None => (None, "".into()),
         };
-        let unknown_type = || match media_type {
+        let unknown_type = || match &*media_type {
             "" => "it has no mediaType and no field that tells what it is".to_string(),
             other => format!("unknown mediaType {other:?}"),
         };
@@ -172,12 +178,13 @@ impl Fields {
         let special_config = self.config.as_ref().map(|c| c.media_type.clone());
         let artifact_type = self
             .artifact_type
-            .or(special_config.filter(|t| !t.is_empty() && !PLAIN_CONFIGS.contains(&t.as_str())));
+            .map(|text| text.0)
+            .or(special_config.filter(|t| !t.is_empty() && !PLAIN_CONFIGS.contains(&&**t)));
         let mut layers = self.layers.unwrap_or_default();
         layers.extend(self.blob_sums.unwrap_or_default().into_iter().rev());
         Manifest {
             kind: if odd.is_some() { Kind::Unknown } else { kind.unwrap_or(Kind::Unknown) },
-            media_type: media_type.to_string(),
+            media_type,
             artifact_type,
             config: self.config,
             layers,
@@ -219,20 +226,20 @@ fn once<'de, A: MapAccess<'de>, T>(slot: &mut Option<T>, key: &str, value: T) ->
 struct FieldsVisitor;
 
 impl<'de> Visitor<'de> for FieldsVisitor {
-    type Value = Fields;
+    type Value = Fields<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a manifest, which is a JSON object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
         let mut fields = Fields::default();
         let mut schema_version = None;
-        while let Some(key) = map.next_key::<String>()? {
-            match key.as_str() {
+        while let Some(Text(key)) = map.next_key()? {
+            match &*key {
                 "schemaVersion" => once::<A, u64>(&mut schema_version, &key, map.next_value()?)?,
-                "mediaType" => once::<A, String>(&mut fields.media_type, &key, map.next_value()?)?,
-                "artifactType" => once::<A, String>(&mut fields.artifact_type, &key, map.next_value()?)?,
+                "mediaType" => once::<A, Text>(&mut fields.media_type, &key, map.next_value()?)?,
+                "artifactType" => once::<A, Text>(&mut fields.artifact_type, &key, map.next_value()?)?,
                 "config" => once::<A, _>(&mut fields.config, &key, map.next_value_seed(DescriptorSeed)?)?,
                 "subject" => {
                     if let Some(subject) = map.next_value_seed(Nullable(DescriptorSeed))? {
@@ -298,7 +305,7 @@ impl<'de, S: DeserializeSeed<'de>> Visitor<'de> for Nullable<S> {
 struct List;
 
 impl<'de> DeserializeSeed<'de> for List {
-    type Value = Vec<Descriptor>;
+    type Value = Vec<Descriptor<'de>>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_seq(self)
@@ -306,7 +313,7 @@ impl<'de> DeserializeSeed<'de> for List {
 }
 
 impl<'de> Visitor<'de> for List {
-    type Value = Vec<Descriptor>;
+    type Value = Vec<Descriptor<'de>>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a list of descriptors")
@@ -324,27 +331,27 @@ impl<'de> Visitor<'de> for List {
 struct DescriptorSeed;
 
 impl<'de> DeserializeSeed<'de> for DescriptorSeed {
-    type Value = Descriptor;
+    type Value = Descriptor<'de>;
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Descriptor, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Descriptor<'de>, D::Error> {
         deserializer.deserialize_map(self)
     }
 }
 
 impl<'de> Visitor<'de> for DescriptorSeed {
-    type Value = Descriptor;
+    type Value = Descriptor<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a descriptor")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Descriptor, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Descriptor<'de>, A::Error> {
         let (mut digest, mut size, mut media_type, mut platform) = (None, None, None, None);
-        while let Some(key) = map.next_key::<String>()? {
-            match key.as_str() {
-                "digest" | "blobSum" => once::<A, String>(&mut digest, &key, map.next_value()?)?,
+        while let Some(Text(key)) = map.next_key()? {
+            match &*key {
+                "digest" | "blobSum" => once::<A, Text>(&mut digest, &key, map.next_value()?)?,
                 "size" => once::<A, i64>(&mut size, &key, map.next_value()?)?,
-                "mediaType" => once::<A, String>(&mut media_type, &key, map.next_value()?)?,
+                "mediaType" => once::<A, Text>(&mut media_type, &key, map.next_value()?)?,
                 "platform" => once::<A, Option<Platform>>(&mut platform, &key, map.next_value()?)?,
                 other if is_other_spelling(other, &DESCRIPTOR_KEYS) => {
                     return Err(A::Error::custom(format!("a descriptor has a field {other:?}")));
@@ -352,12 +359,12 @@ impl<'de> Visitor<'de> for DescriptorSeed {
                 _ => drop(map.next_value::<IgnoredAny>()?),
             }
         }
-        let digest = digest.ok_or_else(|| A::Error::missing_field("digest"))?;
+        let Text(digest) = digest.ok_or_else(|| A::Error::missing_field("digest"))?;
         let digest = digest.parse().map_err(|e| A::Error::custom(format!("{digest:?} is {e}")))?;
         Ok(Descriptor {
             digest,
             size: size.unwrap_or(0).max(0).unsigned_abs(),
-            media_type: media_type.unwrap_or_default(),
+            media_type: media_type.map(|text: Text| text.0).unwrap_or_default(),
             platform: platform.flatten().and_then(Platform::into_name),
         })
     }

@@ -11,7 +11,7 @@
 pub mod disk;
 pub mod memory;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -56,12 +56,74 @@ pub struct Stat {
     pub inode: u64,
 }
 
+/// What tells two versions of a file apart, in 24 bytes; there are as many as tags and revisions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Version {
+    /// Nanoseconds since 1970, those after 2262 as its end.
+    modified: i64,
+    changed: i64,
+    inode: u64,
+}
+
+impl Version {
+    /// Nobody looked, or there is no file: from long ago and equal to no real one.
+    pub const UNKNOWN: Version = Version { modified: 0, changed: 0, inode: u64::MAX };
+
+    /// Last change of the content.
+    pub fn modified(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.modified.unsigned_abs())
+    }
+
+    /// Last change of anything.
+    pub fn last_change(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.modified.max(self.changed).unsigned_abs())
+    }
+}
+
+impl From<&Stat> for Version {
+    fn from(stat: &Stat) -> Version {
+        let nanos = |time: SystemTime| {
+            let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            i64::try_from(since_epoch.as_nanos()).unwrap_or(i64::MAX)
+        };
+        Version { modified: nanos(stat.modified), changed: nanos(stat.changed), inode: stat.inode }
+    }
+}
+
 /// A file opened for reading.
 pub trait Reader: Send + Sync {
     /// Reads up to `buffer.len()` bytes at `offset`; 0 at the end.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
     /// The file on a local disk, if there is one.
     fn file(&self) -> Option<&File>;
+}
+
+/// A directory of which many files are looked at. Names are relative to it and may have several components.
+pub trait Directory {
+    /// A whole file of at most `limit` bytes; with facts at least if asked for.
+    fn read(&mut self, name: &Path, limit: usize, facts: bool) -> Result<Option<(&[u8], Option<Stat>)>>;
+
+    /// Facts about a regular file.
+    fn stat(&self, name: &Path) -> Result<Option<Stat>>;
+}
+
+/// The directory of a storage that has no quicker way to its files.
+struct Prefix<'a, S: ?Sized> {
+    store: &'a S,
+    prefix: PathBuf,
+    buffer: Vec<u8>,
+}
+
+impl<S: Store + ?Sized> Directory for Prefix<'_, S> {
+    fn read(&mut self, name: &Path, limit: usize, _facts: bool) -> Result<Option<(&[u8], Option<Stat>)>> {
+        let Some((content, stat)) = self.store.read(&self.prefix.join(name), limit)? else { return Ok(None) };
+        self.buffer = content;
+        Ok(Some((&self.buffer, Some(stat))))
+    }
+
+    fn stat(&self, name: &Path) -> Result<Option<Stat>> {
+        self.store.stat(&self.prefix.join(name))
+    }
 }
 
 /// Space of the storage in blocks of `block_size` bytes.
@@ -88,6 +150,18 @@ pub trait Store: Send + Sync {
     /// The names one level below `prefix`, in no particular order.
     fn list(&self, prefix: &Path) -> Result<Option<Vec<Entry>>>;
 
+    /// Calls `each` for the names one level below `prefix`, in no particular order; `false`: there is no such prefix.
+    fn list_each(&self, prefix: &Path, each: &mut dyn FnMut(&OsStr, Kind)) -> Result<bool> {
+        let Some(entries) = self.list(prefix)? else { return Ok(false) };
+        entries.iter().for_each(|entry| each(&entry.name, entry.kind));
+        Ok(true)
+    }
+
+    /// Many files below one prefix; those of a prefix that is not there are absent.
+    fn directory<'a>(&'a self, prefix: &Path) -> Result<Box<dyn Directory + 'a>> {
+        Ok(Box::new(Prefix { store: self, prefix: prefix.to_path_buf(), buffer: Vec::new() }))
+    }
+
     /// Facts about a regular file; anything else there is [`Error::Misplaced`].
     fn stat(&self, path: &Path) -> Result<Option<Stat>>;
 
@@ -99,6 +173,13 @@ pub trait Store: Send + Sync {
 
     /// Writes a file as a whole, replacing what is there at once or not at all.
     fn write(&self, path: &Path, content: &[u8]) -> Result<()>;
+
+    /// The same for content that is made piece by piece.
+    fn write_with(&self, path: &Path, write: &dyn Fn(&mut dyn io::Write) -> io::Result<()>) -> Result<()> {
+        let mut content = Vec::new();
+        write(&mut content).map_err(|e| Error::io("write", &self.full(path), e))?;
+        self.write(path, &content)
+    }
 
     /// Moves a file, or everything below a prefix, with owner and mode; never replaces anything
     /// ([`Error::Exists`]). `Ok(false)`: there is nothing at `from`.

@@ -142,7 +142,7 @@ impl Snapshot {
                 let Some(parsed) = self.catalog.parsed(id) else { continue };
                 if listed.insert(id) {
                     waiting.extend(
-                        parsed.children.iter().map(|d| d.digest).chain(parsed.others.iter().copied()),
+                        parsed.children().iter().map(|d| d.digest).chain(parsed.others().iter().copied()),
                     );
                 }
             }
@@ -164,7 +164,7 @@ impl Snapshot {
                         uses.manifests.entry(*target).or_default().push(*id);
                     }
                 }
-                if let Some(subject) = parsed.subject {
+                if let Some(subject) = parsed.subject() {
                     uses.referrers.entry(subject).or_default().push(*id);
                 }
             }
@@ -247,8 +247,8 @@ impl Snapshot {
             let mut sizes = HashMap::new();
             for (id, manifest) in self.catalog.manifests.iter() {
                 let Some(parsed) = manifest.parsed() else { continue };
-                sizes.insert(*id, parsed.size);
-                for descriptor in parsed.descriptors().filter(|d| d.size > 0) {
+                sizes.insert(*id, u64::from(parsed.size));
+                for descriptor in parsed.descriptors().iter().filter(|d| d.size > 0) {
                     sizes.entry(descriptor.digest).or_insert(descriptor.size);
                 }
             }

@@ -6,53 +6,100 @@
 //!    gone, in the repositories that have it.
 //! 3. A child of an index that is not there is a normal state: images are pushed with some platforms left out.
 
-use std::collections::{HashMap, HashSet};
-use std::ffi::OsStr;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::intern::{DigestId, IdSet};
-use super::scan::Scan;
+use super::scan::{Scan, spread};
 use super::{Descriptor, Effect, Keeps, Manifest, Manifests, Parsed};
 use crate::digest::{Algorithm, Digest};
+use crate::store::Directory;
 use crate::{layout, manifest};
 
 impl Scan<'_> {
     /// Reads every manifest that a revision, a tag or an index names.
     pub(super) fn manifests(&mut self, present: &IdSet) -> Manifests {
         let mut manifests: Manifests = HashMap::new();
+        let mut seen = IdSet::default();
         let mut waiting: Vec<DigestId> = Vec::new();
         for repository in self.repositories.values() {
-            waiting.extend(repository.revisions.iter().flat_map(|r| [r.digest, r.target]));
-            waiting.extend(repository.tags.iter().filter_map(|t| t.target));
+            let revisions = repository.revisions.iter().flat_map(|r| [r.digest, r.target]);
+            let tags = repository.tags.iter().filter_map(|t| t.target);
+            waiting.extend(revisions.chain(tags).filter(|id| seen.insert(*id)));
         }
-        while let Some(id) = waiting.pop() {
-            if manifests.contains_key(&id) {
-                continue;
-            }
-            let known = self.previous.and_then(|p| p.manifests.get(&id)).filter(|m| m.parsed().is_some());
-            let manifest = match known.filter(|_| present.contains(id)) {
-                Some(known) => known.clone(),
-                None => Arc::new(self.manifest(id)),
+        while !waiting.is_empty() {
+            manifests.reserve(waiting.len());
+            let mut next = Vec::new();
+            let mut unknown = Vec::new();
+            let mut found = |id: DigestId, manifest: Arc<Manifest>, scan: &Scan<'_>| {
+                if let Manifest::Parsed(parsed) = &*manifest {
+                    // An index may name things that are no manifests; those are blobs to keep, not to parse.
+                    let children = parsed.children().iter().filter(|d| scan.is_manifest(d));
+                    next.extend(children.map(|d| d.digest).filter(|id| seen.insert(*id)));
+                }
+                manifests.insert(id, manifest);
             };
-            if let Manifest::Parsed(parsed) = &*manifest {
-                // An index may name things that are no manifests; those are blobs to keep, not to parse.
-                let is_manifest = |d: &&Descriptor| {
-                    let media_type = self.tables.names.get(d.media_type);
-                    media_type.is_empty() || media_type.to_str().is_some_and(manifest::is_manifest_type)
-                };
-                waiting.extend(parsed.children.iter().filter(is_manifest).map(|d| d.digest));
+            for id in waiting {
+                let known = self.previous.and_then(|p| p.manifests.get(&id));
+                let known = known.or_else(|| self.tables.known.get(&id)).filter(|m| m.parsed().is_some());
+                match known.filter(|_| present.contains(id)) {
+                    Some(known) => found(id, known.clone(), self),
+                    None => unknown.push(id),
+                }
             }
-            manifests.insert(id, manifest);
+            for (id, manifest) in self.read_manifests(unknown) {
+                found(id, Arc::new(manifest), self);
+            }
+            waiting = next;
         }
         self.note_manifests(&manifests);
         manifests
     }
 
-    fn manifest(&mut self, id: DigestId) -> Manifest {
+    fn is_manifest(&self, child: &Descriptor) -> bool {
+        let media_type = self.tables.names.get(child.media_type);
+        media_type.is_empty() || media_type.to_str().is_some_and(manifest::is_manifest_type)
+    }
+
+    /// Reads manifests, those that lie in one directory together.
+    fn read_manifests(&mut self, ids: Vec<DigestId>) -> Vec<(DigestId, Manifest)> {
+        let mut shards: BTreeMap<(Algorithm, u8), Vec<DigestId>> = BTreeMap::new();
+        for id in ids {
+            let digest = self.tables.digests.get(id);
+            shards.entry((digest.algorithm(), digest.as_bytes()[0])).or_default().push(id);
+        }
+        let shards: Vec<((Algorithm, u8), Vec<DigestId>)> = shards.into_iter().collect();
+        let whole = &*self;
+        let start = || (whole.part(), Vec::new());
+        let parts = spread(self.tables.threads, &shards, start, |(part, read), (shard, ids)| {
+            let path = layout::blob_shard(shard.0, &format!("{:02x}", shard.1));
+            match part.store.directory(&path) {
+                Ok(mut directory) => {
+                    read.extend(ids.iter().map(|id| (*id, part.manifest(&mut *directory, &path, *id))));
+                }
+                Err(e) => {
+                    if !e.is_damage() {
+                        part.failed(&path, &e, Effect::StopsSweep);
+                    }
+                    let damaged = || Manifest::Damaged { reason: e.to_string() };
+                    read.extend(ids.iter().map(|id| (*id, damaged())));
+                }
+            }
+        });
+        let mut all = Vec::new();
+        for (part, read) in parts {
+            self.absorb(part);
+            all.extend(read);
+        }
+        all
+    }
+
+    fn manifest(&mut self, directory: &mut dyn Directory, shard: &Path, id: DigestId) -> Manifest {
         let digest = self.tables.digests.get(id);
         let path = layout::blob_data(&digest);
-        let bytes = match self.store.read(&path, manifest::MAX_SIZE) {
+        let bytes = match directory.read(path.strip_prefix(shard).unwrap_or(&path), manifest::MAX_SIZE, false)
+        {
             Ok(Some((bytes, _))) => bytes,
             Ok(None) => return Manifest::Missing,
             Err(e) => {
@@ -62,49 +109,28 @@ impl Scan<'_> {
                 return Manifest::Damaged { reason: e.to_string() };
             }
         };
-        let full = self.store.full(&path);
-        if Digest::of(digest.algorithm(), &bytes) != digest {
-            return Manifest::Damaged { reason: format!("{} does not match its digest", full.display()) };
+        let full = || self.store.full(&path);
+        if Digest::of(digest.algorithm(), bytes) != digest {
+            return Manifest::Damaged { reason: format!("{} does not match its digest", full().display()) };
         }
-        match manifest::parse(&bytes) {
-            Ok(manifest) => Manifest::Parsed(self.numbered(manifest, bytes.len())),
-            Err(e) => Manifest::Damaged { reason: format!("{} is no manifest: {}", full.display(), e.0) },
-        }
-    }
-
-    fn numbered(&self, manifest: manifest::Manifest, size: usize) -> Parsed {
-        let digest = |d: &Digest| self.tables.digests.intern(d);
-        let name = |name: &str| self.tables.names.intern(OsStr::new(name));
-        let descriptor = |d: &manifest::Descriptor| Descriptor {
-            digest: digest(&d.digest),
-            size: d.size,
-            media_type: name(&d.media_type),
-            platform: d.platform.as_deref().map(name),
-        };
-        Parsed {
-            kind: manifest.kind,
-            media_type: name(&manifest.media_type),
-            artifact_type: manifest.artifact_type.as_deref().map(name),
-            size: size as u64,
-            config: manifest.config.as_ref().map(descriptor),
-            layers: manifest.layers.iter().map(descriptor).collect(),
-            children: manifest.children.iter().map(descriptor).collect(),
-            subject: manifest.subject.as_ref().map(digest),
-            others: manifest.others.iter().map(digest).collect(),
-            odd: manifest.odd.map(Into::into),
+        match manifest::parse(bytes) {
+            Ok(manifest) => Manifest::Parsed(Parsed::new(&manifest, bytes.len(), self.tables)),
+            Err(e) => Manifest::Damaged { reason: format!("{} is no manifest: {}", full().display(), e.0) },
         }
     }
 
     /// Notes damaged, missing and odd manifests, and what their repositories keep because of them.
     fn note_manifests(&mut self, manifests: &Manifests) {
         for (id, manifest) in manifests {
-            let path = layout::blob_data(&self.tables.digests.get(*id));
+            let path = || layout::blob_data(&self.tables.digests.get(*id));
             match &**manifest {
-                Manifest::Parsed(Parsed { odd: Some(why), .. }) => {
+                Manifest::Parsed(parsed) if parsed.odd().is_some() => {
+                    let (path, why) = (path(), parsed.odd().unwrap_or_default());
                     let what = format!("{}: {why}", self.store.full(&path).display());
                     self.note(&path, what, Effect::KeepsNamed);
                 }
                 Manifest::Parsed(parsed) if parsed.kind == manifest::Kind::Schema1 => {
+                    let path = path();
                     let what = format!(
                         "{} is a schema 1 manifest, which newer registries do not serve",
                         self.store.full(&path).display()

@@ -17,8 +17,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use super::intern::{DigestId, IdSet, NameId};
@@ -26,7 +28,7 @@ use super::{Aliases, Catalog, Effect, Keeps, Manifest, Problem, Repository, Revi
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Found, Result};
 use crate::layout;
-use crate::store::{Entry, Kind, Stat, Store};
+use crate::store::{Directory, Entry, Kind, Stat, Store, Version};
 
 /// How often, and how long apart, an empty link is read again.
 const EMPTY_LINK_READS: u32 = 4;
@@ -34,15 +36,30 @@ const EMPTY_LINK_PAUSE: Duration = Duration::from_millis(5);
 /// How long a file must have been at rest for its times to tell versions apart.
 const AT_REST: Duration = Duration::from_secs(2);
 
+/// How closely a scan looks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Depth {
+    /// At what decides about reachability, no more: no tags, no times.
+    Quick,
+    /// At everything.
+    Whole,
+}
+
 /// Looks at the whole store.
 ///
 /// With `previous`, manifests are taken from it (their digests vouch for them) and links with the same facts
 /// are not read again. Never fails: what fails is a [`Problem`].
 pub fn scan(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>) -> Catalog {
-    let mut scan = Scan::new(store, tables, previous);
+    scan_to(store, tables, previous, Depth::Whole)
+}
+
+fn scan_to(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>, depth: Depth) -> Catalog {
+    let mut scan = Scan { depth, ..Scan::new(store, tables, previous) };
     let scanned_at = SystemTime::now();
     let blobs = scan.blobs();
-    scan.namespace(Path::new(""), true);
+    let mut found = Vec::new();
+    scan.namespace(Path::new(""), true, &mut found);
+    scan.all_repositories(&found);
     if !blobs.is_empty() && scan.repositories.is_empty() {
         scan.expect_repositories();
     }
@@ -122,8 +139,9 @@ fn sort(problems: &mut Vec<Problem>) {
 
 pub(super) struct Scan<'a> {
     pub(super) store: &'a dyn Store,
-    pub(super) tables: Tables,
+    pub(super) tables: &'a Tables,
     pub(super) previous: Option<&'a Catalog>,
+    depth: Depth,
     pub(super) problems: Vec<Problem>,
     aliases: Aliases,
     pub(super) repositories: BTreeMap<PathBuf, Repository>,
@@ -134,21 +152,54 @@ pub(super) struct Scan<'a> {
 enum Link {
     Absent,
     /// It could not be read, or is no digest; noted already.
-    Bad(Option<Stat>),
-    To(Digest, Stat),
+    Bad(Version),
+    To(Digest, Version),
 }
 
 impl<'a> Scan<'a> {
-    fn new(store: &'a dyn Store, tables: &Tables, previous: Option<&'a Catalog>) -> Scan<'a> {
+    fn new(store: &'a dyn Store, tables: &'a Tables, previous: Option<&'a Catalog>) -> Scan<'a> {
         Scan {
             store,
-            tables: tables.clone(),
+            tables,
             previous,
+            depth: Depth::Whole,
             problems: Vec::new(),
             aliases: HashMap::new(),
             repositories: BTreeMap::new(),
             namespaces: BTreeSet::new(),
         }
+    }
+
+    /// One that looks at a part, for another thread.
+    pub(super) fn part(&self) -> Scan<'a> {
+        Scan { depth: self.depth, ..Scan::new(self.store, self.tables, self.previous) }
+    }
+
+    /// Takes over what a part found.
+    pub(super) fn absorb(&mut self, part: Scan<'_>) {
+        self.problems.extend(part.problems);
+        self.repositories.extend(part.repositories);
+        for (id, targets) in part.aliases {
+            let known = self.aliases.entry(id).or_default();
+            targets.into_iter().for_each(|target| {
+                if !known.contains(&target) {
+                    known.push(target);
+                }
+            });
+        }
+    }
+
+    fn all_repositories(&mut self, found: &[(PathBuf, bool)]) {
+        let whole = &*self;
+        let parts = spread(
+            self.tables.threads,
+            found,
+            || whole.part(),
+            |part, (name, is_valid)| {
+                part.repository(name, *is_valid);
+            },
+        );
+        parts.into_iter().for_each(|part| self.absorb(part));
     }
 
     pub(super) fn note(&mut self, path: &Path, what: impl ToString, effect: Effect) {
@@ -213,32 +264,67 @@ impl<'a> Scan<'a> {
     }
 
     fn blobs(&mut self) -> Vec<DigestId> {
-        let mut blobs = Vec::new();
+        let mut shards: Vec<(Algorithm, OsString)> = Vec::new();
         let root = Path::new(layout::BLOBS);
         // A symlink in here hides blobs only from us: they are not listed, so they are never taken.
         for algorithm in self.directories(root, Effect::Ignored) {
             let path = root.join(&algorithm);
-            let Some(algorithm) = algorithm.to_str().and_then(Algorithm::from_name) else {
-                self.unknown_name(&path, "no known algorithm; what lies below it is never collected");
-                continue;
-            };
-            for shard in self.directories(&path, Effect::Ignored) {
-                let path = path.join(&shard);
-                for hex in self.directories(&path, Effect::Ignored) {
-                    let digest = Digest::from_parts(algorithm.name(), hex.to_str().unwrap_or(""));
-                    match digest.filter(|_| hex.as_encoded_bytes().starts_with(shard.as_encoded_bytes())) {
-                        Some(digest) => blobs.push(digest),
-                        None => self.unknown_name(&path.join(hex), "no digest of a blob in the right place"),
-                    }
+            match algorithm.to_str().and_then(Algorithm::from_name) {
+                Some(algorithm) => {
+                    let names = self.directories(&path, Effect::Ignored);
+                    shards.extend(names.into_iter().map(|name| (algorithm, name)));
                 }
+                None => self.unknown_name(&path, "no known algorithm; what lies below it is never collected"),
+            }
+        }
+        shards.sort_unstable();
+        let numbered: Vec<(usize, (Algorithm, OsString))> = shards.into_iter().enumerate().collect();
+        let whole = &*self;
+        let start = || (whole.part(), Vec::new());
+        let parts = spread(self.tables.threads, &numbered, start, |(part, found), (at, shard)| {
+            found.push((*at, part.blobs_in(shard.0, &shard.1)));
+        });
+        let mut all: Vec<(usize, Vec<DigestId>)> = Vec::new();
+        for (part, found) in parts {
+            self.absorb(part);
+            all.extend(found);
+        }
+        all.sort_unstable_by_key(|(at, _)| *at);
+        let mut blobs = Vec::with_capacity(all.iter().map(|(_, ids)| ids.len()).sum());
+        all.into_iter().for_each(|(_, ids)| blobs.extend(ids));
+        blobs
+    }
+
+    /// The blobs of one directory like `blobs/sha256/ab`, in the order of their numbers.
+    fn blobs_in(&mut self, algorithm: Algorithm, shard: &OsStr) -> Vec<DigestId> {
+        let mut blobs = Vec::new();
+        let path = Path::new(layout::BLOBS).join(algorithm.name()).join(shard);
+        let mut strange: Vec<(OsString, Kind)> = Vec::new();
+        let listed = self.store.list_each(&path, &mut |name, kind| {
+            let digest = name.to_str().and_then(|hex| Digest::from_parts(algorithm.name(), hex));
+            let is_in_place = name.as_encoded_bytes().starts_with(shard.as_encoded_bytes());
+            match digest.filter(|_| is_in_place && kind == Kind::Directory) {
+                Some(digest) => blobs.push(self.tables.digests.intern(&digest)),
+                None => strange.push((name.to_os_string(), kind)),
+            }
+        });
+        if let Err(e) = listed {
+            self.failed(&path, &e, Effect::Ignored);
+        }
+        for (name, kind) in strange {
+            match kind {
+                Kind::Directory => {
+                    self.unknown_name(&path.join(name), "no digest of a blob in the right place");
+                }
+                kind => self.misplaced(&path.join(name), kind, Effect::Ignored),
             }
         }
         blobs.sort_unstable();
-        blobs.iter().map(|d| self.tables.digests.intern(d)).collect()
+        blobs
     }
 
-    /// Everything below a directory of `repositories`.
-    fn namespace(&mut self, name: &Path, is_valid: bool) {
+    /// Finds the repositories below a directory of `repositories`, and whether their names are valid.
+    fn namespace(&mut self, name: &Path, is_valid: bool, found: &mut Vec<(PathBuf, bool)>) {
         if is_valid && !name.as_os_str().is_empty() {
             self.namespaces.insert(name.to_path_buf());
         }
@@ -252,7 +338,9 @@ impl<'a> Scan<'a> {
             match entry.kind {
                 // What `_manifests` or `_layers` is, the repository finds out.
                 _ if own => {}
-                Kind::Directory if is_component => self.namespace(&name.join(entry.name), is_valid),
+                Kind::Directory if is_component => {
+                    self.namespace(&name.join(entry.name), is_valid, found);
+                }
                 Kind::Directory if entry.name.as_encoded_bytes().starts_with(b"_") => {
                     self.unknown_name(&path.join(&entry.name), "no part of a repository that regfs knows");
                 }
@@ -262,13 +350,13 @@ impl<'a> Scan<'a> {
                         &layout::repository(&below),
                         "no valid repository name; what it links is kept",
                     );
-                    self.namespace(&below, false);
+                    self.namespace(&below, false, found);
                 }
                 kind => self.misplaced(&path.join(&entry.name), kind, Effect::StopsSweep),
             }
         }
         if is_repository {
-            self.repository(name, is_valid);
+            found.push((name.to_path_buf(), is_valid));
         }
     }
 
@@ -302,7 +390,9 @@ impl<'a> Scan<'a> {
         }
         let before = self.previous.and_then(|p| p.repositories.get(name)).cloned();
         self.revisions(&mut repository, before.as_deref());
-        self.tags(&mut repository, before.as_deref());
+        if self.depth == Depth::Whole {
+            self.tags(&mut repository, before.as_deref());
+        }
         self.layers(&mut repository);
         for upload in self.directories(&layout::uploads(name), Effect::Ignored) {
             repository.uploads.push(self.tables.names.intern(&upload));
@@ -329,7 +419,11 @@ impl<'a> Scan<'a> {
             before.into_iter().flat_map(|r| &r.revisions).map(|r| (r.digest, r)).collect();
         for algorithm in self.directories_named(&root, Effect::StopsSweep, &is_algorithm) {
             let path = root.join(&algorithm);
-            for Entry { name: hex, kind } in self.list(&path, everything.clone()) {
+            let entries = self.list(&path, everything.clone());
+            let Some(mut links) = self.directory(&path, entries.is_empty(), everything.clone()) else {
+                continue;
+            };
+            for Entry { name: hex, kind } in entries {
                 let Some(digest) = parts(&algorithm, &hex) else {
                     self.note_unknown_digest(&path.join(&hex), everything.clone());
                     continue;
@@ -342,21 +436,25 @@ impl<'a> Scan<'a> {
                     continue;
                 }
                 let link = layout::revision_link(&repository.name, &digest);
-                let unchanged = known.get(&id).filter(|r| r.is_readable && self.is_unchanged(&link, &r.stat));
+                let name = Path::new(&hex).join("link");
+                let unchanged =
+                    known.get(&id).filter(|r| r.is_readable && self.is_unchanged(&*links, &name, &r.version));
                 if let Some(revision) = unchanged {
                     repository.revisions.push(**revision);
                     continue;
                 }
-                let (target, stat, is_readable) = match self.read_link(&link, everything.clone()) {
+                let read = self.read_link_in(&mut *links, &name, &link, everything.clone());
+                let (target, version, is_readable) = match read {
                     Link::Absent => continue,
-                    Link::To(target, stat) => (self.tables.digests.intern(&target), stat, true),
-                    Link::Bad(stat) => (id, stat.unwrap_or(NO_STAT), false),
+                    Link::To(target, version) if target == digest => (id, version, true),
+                    Link::To(target, version) => (self.tables.digests.intern(&target), version, true),
+                    Link::Bad(version) => (id, version, false),
                 };
                 if target != id {
                     let what = format!("{} holds another digest", self.store.full(&link).display());
                     self.note(&link, what, everything.clone());
                 }
-                repository.revisions.push(Revision { digest: id, target, stat, is_readable });
+                repository.revisions.push(Revision { digest: id, target, version, is_readable });
             }
         }
         repository.revisions.sort_unstable_by_key(|r| r.digest);
@@ -367,26 +465,29 @@ impl<'a> Scan<'a> {
         let root = layout::tags(&repository.name);
         let known: HashMap<NameId, &Tag> =
             before.into_iter().flat_map(|r| &r.tags).map(|t| (t.name, t)).collect();
-        for name in self.directories_named(&root, revisions.clone(), &layout::is_tag) {
+        let names = self.directories_named(&root, revisions.clone(), &layout::is_tag);
+        let Some(mut links) = self.directory(&root, names.is_empty(), revisions.clone()) else { return };
+        for name in names {
             let link = layout::tag_link(&repository.name, &name);
+            let below = link.strip_prefix(&root).unwrap_or(&link);
             let id = self.tables.names.intern(&name);
             let unchanged = known
                 .get(&id)
-                .filter(|t| t.target.is_some() && t.stat.is_some_and(|stat| self.is_unchanged(&link, &stat)));
+                .filter(|t| t.target.is_some() && self.is_unchanged(&*links, below, &t.version));
             let tag = match unchanged {
                 Some(tag) => **tag,
-                None => match self.read_link(&link, revisions.clone()) {
-                    Link::To(target, stat) => {
-                        Tag { name: id, target: Some(self.tables.digests.intern(&target)), stat: Some(stat) }
+                None => match self.read_link_in(&mut *links, below, &link, revisions.clone()) {
+                    Link::To(target, version) => {
+                        Tag { name: id, target: Some(self.tables.digests.intern(&target)), version }
                     }
-                    Link::Bad(stat) => Tag { name: id, target: None, stat },
+                    Link::Bad(version) => Tag { name: id, target: None, version },
                     Link::Absent => {
                         let what = format!(
                             "{} is missing: the tag points nowhere",
                             self.store.full(&link).display()
                         );
                         self.note(&link, what, revisions.clone());
-                        Tag { name: id, target: None, stat: None }
+                        Tag { name: id, target: None, version: Version::UNKNOWN }
                     }
                 },
             };
@@ -412,6 +513,10 @@ impl<'a> Scan<'a> {
         let root = layout::layers(&repository.name);
         for algorithm in self.directories_named(&root, Effect::StopsSweep, &is_algorithm) {
             let path = root.join(&algorithm);
+            if algorithm == Algorithm::Sha256.name() {
+                self.usual_layers(repository, &path, everything.clone());
+                continue;
+            }
             for hex in self.directories(&path, everything.clone()) {
                 let digest = parts(&algorithm, &hex);
                 if digest.is_none() && is_algorithm(&algorithm) {
@@ -420,9 +525,6 @@ impl<'a> Scan<'a> {
                 }
                 let id = digest.map(|d| self.tables.digests.intern(&d));
                 repository.layers.extend(id);
-                if algorithm == Algorithm::Sha256.name() {
-                    continue;
-                }
                 // Blobs lie under sha256; only the link tells which one another algorithm's name means.
                 let Link::To(target, _) = self.read_link(&path.join(&hex).join("link"), everything.clone())
                 else {
@@ -444,57 +546,128 @@ impl<'a> Scan<'a> {
         repository.layers.sort_unstable();
     }
 
+    /// Layer links under sha256, nearly all there are: only their names are looked at.
+    fn usual_layers(&mut self, repository: &mut Repository, path: &Path, effect: Effect) {
+        let mut strange: Vec<(OsString, Kind)> = Vec::new();
+        let listed = self.store.list_each(path, &mut |name, kind| {
+            let digest = name.to_str().and_then(|hex| Digest::from_parts(Algorithm::Sha256.name(), hex));
+            match digest.filter(|_| kind == Kind::Directory) {
+                Some(digest) => repository.layers.push(self.tables.digests.intern(&digest)),
+                None => strange.push((name.to_os_string(), kind)),
+            }
+        });
+        if let Err(e) = listed {
+            self.failed(path, &e, effect.clone());
+        }
+        for (name, kind) in strange {
+            match kind {
+                Kind::Directory => self.note_unknown_digest(&path.join(name), Effect::Ignored),
+                kind => self.misplaced(&path.join(name), kind, effect.clone()),
+            }
+        }
+    }
+
+    /// Opens a directory whose files are about to be read; `None` when it can't be, or `is_empty`.
+    fn directory(&mut self, path: &Path, is_empty: bool, effect: Effect) -> Option<Box<dyn Directory + 'a>> {
+        if is_empty {
+            return None;
+        }
+        match self.store.directory(path) {
+            Ok(directory) => Some(directory),
+            Err(e) => {
+                self.failed(path, &e, effect);
+                None
+            }
+        }
+    }
+
     fn note_unknown_digest(&mut self, path: &Path, effect: Effect) {
         let what = format!("{} is not named by a digest that regfs knows", self.store.full(path).display());
         self.note(path, what, effect);
     }
 
-    /// Whether the file at `path` is the version that `known` describes.
-    fn is_unchanged(&self, path: &Path, known: &Stat) -> bool {
+    /// Whether the file `name` is the version that `known` describes.
+    fn is_unchanged(&self, directory: &dyn Directory, name: &Path, known: &Version) -> bool {
         let read_at = self.previous.map_or(SystemTime::UNIX_EPOCH, |p| p.scanned_at);
-        let last_change = known.changed.max(known.modified);
-        let was_at_rest = read_at.duration_since(last_change).is_ok_and(|rest| rest > AT_REST);
+        let was_at_rest = read_at.duration_since(known.last_change()).is_ok_and(|rest| rest > AT_REST);
         // A failing stat is not hidden: the read that follows meets it again.
-        was_at_rest && self.store.stat(path).is_ok_and(|stat| stat.as_ref() == Some(known))
+        was_at_rest
+            && directory.stat(name).is_ok_and(|stat| stat.is_some_and(|s| Version::from(&s) == *known))
     }
 
     fn read_link(&mut self, path: &Path, effect: Effect) -> Link {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Link::Absent };
+        match self.directory(parent, false, effect.clone()) {
+            Some(mut directory) => self.read_link_in(&mut *directory, Path::new(name), path, effect),
+            None => Link::Bad(Version::UNKNOWN),
+        }
+    }
+
+    /// Reads the link `name` of a directory; `path` is its full name.
+    fn read_link_in(
+        &mut self,
+        directory: &mut dyn Directory,
+        name: &Path,
+        path: &Path,
+        effect: Effect,
+    ) -> Link {
+        let facts = self.depth == Depth::Whole;
         let mut reads = 0;
         let (content, stat) = loop {
-            match self.store.read(path, layout::LINK_LIMIT) {
-                Ok(Some((content, stat)))
-                    if content.is_empty() && reads < EMPTY_LINK_READS && is_recent(&stat) =>
-                {
+            match directory.read(name, layout::LINK_LIMIT, facts) {
+                Ok(Some((content, stat))) if !content.is_empty() => break (content, stat),
+                Ok(Some((_, stat))) if reads < EMPTY_LINK_READS && stat.is_some_and(|s| is_recent(&s)) => {
                     reads += 1;
                     std::thread::sleep(EMPTY_LINK_PAUSE);
                 }
-                Ok(Some(found)) => break found,
+                Ok(Some((_, stat))) => break (&[][..], stat),
                 Ok(None) => return Link::Absent,
                 Err(e) => {
                     self.failed(path, &e, effect);
-                    return Link::Bad(None);
+                    return Link::Bad(Version::UNKNOWN);
                 }
             }
         };
-        match layout::parse_link(&content) {
-            Ok(digest) => Link::To(digest, stat),
+        let version = stat.as_ref().map_or(Version::UNKNOWN, Version::from);
+        match layout::parse_link(content) {
+            Ok(digest) => Link::To(digest, version),
             Err(e) => {
-                let shown: String = String::from_utf8_lossy(&content).chars().take(100).collect();
+                let shown: String = String::from_utf8_lossy(content).chars().take(100).collect();
                 self.note(path, format!("{} holds {shown:?}: {e}", self.store.full(path).display()), effect);
-                Link::Bad(Some(stat))
+                Link::Bad(version)
             }
         }
     }
 }
 
-/// Facts about a file that could not be read: it is from long ago and equal to no real one.
-const NO_STAT: Stat = Stat {
-    size: 0,
-    blocks: 0,
-    modified: SystemTime::UNIX_EPOCH,
-    changed: SystemTime::UNIX_EPOCH,
-    inode: u64::MAX,
-};
+/// Does `work` for each of `items`, on several threads; what each thread gathered in a value made by `start`.
+pub(super) fn spread<T: Sync, S: Send>(
+    threads: NonZeroUsize,
+    items: &[T],
+    start: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, &T) + Sync,
+) -> Vec<S> {
+    let next = AtomicUsize::new(0);
+    let run = || {
+        let mut gathered = start();
+        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            work(&mut gathered, item);
+        }
+        gathered
+    };
+    let others = threads.get().min(items.len()).saturating_sub(1);
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (0..others).map(|_| scope.spawn(run)).collect();
+        let mut all = vec![run()];
+        for other in others {
+            match other.join() {
+                Ok(gathered) => all.push(gathered),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        all
+    })
+}
 
 fn is_algorithm(name: &OsStr) -> bool {
     name.to_str().and_then(Algorithm::from_name).is_some()
@@ -511,7 +684,15 @@ fn is_recent(stat: &Stat) -> bool {
 
 /// A scan that must see everything: fails where a collection could not run.
 pub fn scan_strictly(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>) -> Result<Catalog> {
-    let catalog = scan(store, tables, previous);
+    strictly(scan(store, tables, previous))
+}
+
+/// The same, looking only at what decides about reachability.
+pub fn scan_quickly(store: &dyn Store, tables: &Tables) -> Result<Catalog> {
+    strictly(scan_to(store, tables, None, Depth::Quick))
+}
+
+fn strictly(catalog: Catalog) -> Result<Catalog> {
     match catalog.obstacles() {
         problems if problems.is_empty() => Ok(catalog),
         problems => Err(Error::Unjudged { problems }),

@@ -1,6 +1,7 @@
 //! `regfs gc`
 
 use std::ffi::OsString;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use clap::Args;
 
 use super::{Environment, Outcome, duration, open, print, typed};
 use crate::catalog::Tables;
+use crate::catalog::cache::Place;
 use crate::error::{Error, Result};
 use crate::gc::{self, Options, Unwatched};
 use crate::trash::Author;
@@ -35,6 +37,15 @@ pub(super) struct GcArgs {
     /// Free the bytes at once; for a registry that is stopped or read-only
     #[arg(long)]
     now: bool,
+    /// How many threads look at the store; as many as there are processors if not given
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Keep parsed manifests there, in a dry run as well; by default inside the store, unless it is a dry run
+    #[arg(long, value_name = "DIRECTORY")]
+    cache_dir: Option<PathBuf>,
+    /// Neither use nor write the cache of parsed manifests
+    #[arg(long, conflicts_with = "cache_dir")]
+    no_cache: bool,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
@@ -48,9 +59,15 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
         grace: args.grace,
         keep: args.keep,
         now: args.now,
+        cache: match &args.cache_dir {
+            _ if args.no_cache => None,
+            Some(directory) => Some(Place::Directory(directory.clone())),
+            None => Some(Place::Store),
+        },
     };
     let author = Author::current(&typed(typed_args));
-    let report = gc::run(&store, &Tables::default(), &options, &author, &Unwatched)?;
+    let tables = Tables::new(args.threads);
+    let report = gc::run(&store, &tables, &options, &author, &Unwatched)?;
     match args.json {
         true => {
             let json = serde_json::to_string_pretty(&report);

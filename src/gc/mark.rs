@@ -41,7 +41,7 @@ impl Mark {
 
 /// Marks everything that can be reached when the revisions in `without` are taken for gone.
 pub fn mark(catalog: &Catalog, without: &Untagged) -> Mark {
-    let mut walk = Walk { catalog, references: vec![0; catalog.tables.digests.len()], waiting: Vec::new() };
+    let mut walk = Walk { catalog, references: vec![0; catalog.tables.digests.bound()], waiting: Vec::new() };
     for (name, repository) in &catalog.repositories {
         let gone = without.get(name);
         for revision in &repository.revisions {
@@ -86,8 +86,12 @@ impl Walk<'_> {
 
     fn finish(&mut self) {
         while let Some(id) = self.waiting.pop() {
-            let references = self.catalog.parsed(id).map(Parsed::references).unwrap_or_default();
-            references.into_iter().filter(|r| *r != id).for_each(|r| self.refer(r));
+            let Some(parsed) = self.catalog.parsed(id) else { continue };
+            parsed.each_reference(|r| {
+                if r != id {
+                    self.refer(r);
+                }
+            });
         }
     }
 }
@@ -120,7 +124,7 @@ pub fn live_in(catalog: &Catalog, repository: &Repository, roots: Vec<DigestId>)
         if revision.digest != revision.target {
             served_as.insert(revision.digest, revision.target);
         }
-        if let Some(subject) = catalog.parsed(revision.target).and_then(|m| m.subject) {
+        if let Some(subject) = catalog.parsed(revision.target).and_then(Parsed::subject) {
             referrers.entry(subject).or_default().push(revision.digest);
         }
     }

@@ -173,7 +173,7 @@ impl Plan {
     /// Marks `catalog` and decides.
     pub fn new(store: &dyn Store, catalog: &Catalog, policy: &Policy) -> Result<Plan> {
         let untagged = match policy.untagged {
-            true => mark::untagged(catalog, &|r| policy.is_young(r.stat.modified.max(r.stat.changed))),
+            true => mark::untagged(catalog, &|r| policy.is_young(r.version.last_change())),
             false => Untagged::new(),
         };
         let mark = mark::mark(catalog, &untagged);

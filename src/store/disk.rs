@@ -9,7 +9,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -21,7 +21,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Entry, Kind, Reader, Space, Stat, Store, expect_file};
+use super::{Directory, Entry, Kind, Reader, Space, Stat, Store, expect_file};
 use crate::error::{Error, Found, Result};
 use crate::layout;
 
@@ -197,17 +197,92 @@ fn time(seconds: i64, nanoseconds: impl TryInto<u32>) -> SystemTime {
     SystemTime::UNIX_EPOCH.checked_add(since_epoch).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
+/// Bytes for one `getdents64`; about 350 digests fit.
+const LIST_BUFFER: usize = 32 << 10;
+/// Bytes for a file that is read as a whole; most manifests and all links fit.
+const READ_BUFFER: usize = 16 << 10;
+
+/// A directory of [`Disk`], opened once.
+struct DiskDirectory<'a> {
+    disk: &'a Disk,
+    prefix: PathBuf,
+    /// `None`: it is not there.
+    fd: Option<OwnedFd>,
+    buffer: Vec<u8>,
+}
+
+impl Directory for DiskDirectory<'_> {
+    /// Three calls: open, read, close; with facts four. Anything unusual is left to [`Disk::read`].
+    fn read(&mut self, name: &Path, limit: usize, facts: bool) -> Result<Option<(&[u8], Option<Stat>)>> {
+        let Some(directory) = &self.fd else { return Ok(None) };
+        if !self.disk.has_openat2 {
+            return self.read_slowly(name, limit);
+        }
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = match fs::openat2(directory, name, flags, Mode::empty(), resolve_flags()) {
+            Ok(file) => file,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(_) => return self.read_slowly(name, limit),
+        };
+        self.buffer.resize(READ_BUFFER, 0);
+        let stat = if facts { fs::fstat(&file).ok() } else { None };
+        let is_file = stat.as_ref().is_none_or(|s| kind_of(FileType::from_raw_mode(s.st_mode)) == Kind::File);
+        match rustix::io::read(&file, &mut self.buffer[..]) {
+            // A regular file gives all it has, so there is no more where it didn't fill the buffer.
+            Ok(read)
+                if (1..READ_BUFFER).contains(&read)
+                    && read <= limit
+                    && is_file
+                    && facts == stat.is_some() =>
+            {
+                self.buffer.truncate(read);
+                Ok(Some((&self.buffer, stat.as_ref().map(stat_of))))
+            }
+            // Empty, large, a directory, a failure: as rare as they are.
+            _ => self.read_slowly(name, limit),
+        }
+    }
+
+    fn stat(&self, name: &Path) -> Result<Option<Stat>> {
+        let Some(directory) = &self.fd else { return Ok(None) };
+        // A symlink planted on the way could only make this tell the times of another file; nothing moves by that.
+        match fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) if kind_of(FileType::from_raw_mode(stat.st_mode)) == Kind::File => {
+                Ok(Some(stat_of(&stat)))
+            }
+            Err(Errno::NOENT) => Ok(None),
+            _ => self.disk.stat(&self.prefix.join(name)),
+        }
+    }
+}
+
+impl DiskDirectory<'_> {
+    fn read_slowly(&mut self, name: &Path, limit: usize) -> Result<Option<(&[u8], Option<Stat>)>> {
+        let Some((content, stat)) = self.disk.read(&self.prefix.join(name), limit)? else { return Ok(None) };
+        self.buffer = content;
+        Ok(Some((&self.buffer, Some(stat))))
+    }
+}
+
 impl Store for Disk {
     fn list(&self, prefix: &Path) -> Result<Option<Vec<Entry>>> {
+        let mut entries = Vec::new();
+        let is_there = self.list_each(prefix, &mut |name, kind| {
+            entries.push(Entry { name: name.to_os_string(), kind });
+        })?;
+        Ok(is_there.then_some(entries))
+    }
+
+    fn list_each(&self, prefix: &Path, each: &mut dyn FnMut(&OsStr, Kind)) -> Result<bool> {
         let doing = "list the directory";
         let fd = match self.open_below(prefix, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()) {
             Ok(fd) => fd,
-            Err(Errno::NOENT) => return Ok(None),
+            Err(Errno::NOENT) => return Ok(false),
             Err(e) => return Err(self.error(doing, prefix, e)),
         };
-        let mut entries = Vec::new();
-        let directory = fs::Dir::new(fd).map_err(|e| self.error(doing, prefix, e))?;
-        for entry in directory {
+        let mut buffer = Vec::with_capacity(LIST_BUFFER);
+        let mut entries = fs::RawDir::new(&fd, buffer.spare_capacity_mut());
+        while let Some(entry) = entries.next() {
             let entry = entry.map_err(|e| self.error(doing, prefix, e))?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
             if name == "." || name == ".." {
@@ -220,9 +295,18 @@ impl Store for Disk {
                 },
                 known => kind_of(known),
             };
-            entries.push(Entry { name: name.to_os_string(), kind });
+            each(name, kind);
         }
-        Ok(Some(entries))
+        Ok(true)
+    }
+
+    fn directory<'a>(&'a self, prefix: &Path) -> Result<Box<dyn Directory + 'a>> {
+        let fd = match self.open_below(prefix, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) {
+            Ok(fd) => Some(fd),
+            Err(Errno::NOENT) => None,
+            Err(e) => return Err(self.error("open the directory", prefix, e)),
+        };
+        Ok(Box::new(DiskDirectory { disk: self, prefix: prefix.to_path_buf(), fd, buffer: Vec::new() }))
     }
 
     fn stat(&self, path: &Path) -> Result<Option<Stat>> {
@@ -255,6 +339,10 @@ impl Store for Disk {
     }
 
     fn write(&self, path: &Path, content: &[u8]) -> Result<()> {
+        self.write_with(path, &|file| file.write_all(content))
+    }
+
+    fn write_with(&self, path: &Path, write: &dyn Fn(&mut dyn Write) -> io::Result<()>) -> Result<()> {
         let doing = "write";
         self.make_directories(path.parent().unwrap_or(Path::new("")), None)?;
         let mut name = path.file_name().unwrap_or_default().to_os_string();
@@ -264,8 +352,8 @@ impl Store for Disk {
         let fd = self
             .open_below(&temporary, flags, Mode::from_raw_mode(0o600))
             .map_err(|e| self.error(doing, &temporary, e))?;
-        let mut file = File::from(fd);
-        let written = file.write_all(content).and_then(|()| file.sync_all());
+        let mut file = BufWriter::new(File::from(fd));
+        let written = write(&mut file).and_then(|()| file.flush()).and_then(|()| file.get_ref().sync_all());
         written.map_err(|e| Error::io(doing, &self.full(path), e))?;
         let Some((parent, name)) = self.parent(path, doing)? else {
             return Err(self.error(doing, path, Errno::NOENT));

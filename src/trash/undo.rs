@@ -202,15 +202,13 @@ fn named_by(store: &dyn Store, all: &[Contents], repository: &Path, digest: &Dig
             continue;
         }
         let Some(place) = find_file(store, all, &layout::blob_data(&current))? else { continue };
-        let parsed = match store.read(&place, MAX_SIZE) {
-            Ok(Some((bytes, _))) if Digest::of(current.algorithm(), &bytes) == current => {
-                manifest::parse(&bytes).ok()
-            }
-            Ok(_) => None,
+        let bytes = match store.read(&place, MAX_SIZE) {
+            Ok(content) => content.map(|(bytes, _)| bytes),
             Err(e) if e.is_damage() => None,
             Err(e) => return Err(e),
         };
-        let Some(parsed) = parsed else {
+        let bytes = bytes.filter(|bytes| Digest::of(current.algorithm(), bytes) == current);
+        let Some(parsed) = bytes.as_deref().and_then(|bytes| manifest::parse(bytes).ok()) else {
             named.is_unclear = true;
             continue;
         };

@@ -47,7 +47,7 @@ impl View<'_> {
             Node::Tag(tag, repository) | Node::TagReference(tag, repository) => {
                 let found = self.repository(repository).and_then(|r| r.tag(tag));
                 let Some(found) = found else { return Ok(None) };
-                let modified = found.stat.map_or(SystemTime::UNIX_EPOCH, |s| s.modified);
+                let modified = found.version.modified();
                 Some(Attributes { modified, ..self.symlink(node, plain) })
             }
             _ if node_type == Type::Symlink => Some(self.symlink(node, plain)),
@@ -147,8 +147,8 @@ impl View<'_> {
             _ => None,
         };
         let pushes = repository.into_iter().flat_map(|r| {
-            let tags = r.tags.iter().filter_map(|t| t.stat);
-            tags.chain(r.revisions.iter().map(|r| r.stat)).map(|s| s.modified)
+            let tags = r.tags.iter().map(|t| t.version);
+            tags.chain(r.revisions.iter().map(|r| r.version)).map(|v| v.modified())
         });
         let modified = pushes.max().unwrap_or(plain.modified);
         Ok(Some(Attributes { mode, modified, links: 2, ..plain }))

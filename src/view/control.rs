@@ -117,6 +117,7 @@ mod tests {
             grace: Duration::ZERO,
             keep: Duration::from_secs(3600),
             dry_run: false,
+            cache: None,
         };
         assert_eq!(run("sweep now untagged grace=0 keep=1h &"), (all.clone(), true));
         assert_eq!(run("sweep keep=1h grace=0 untagged now&"), (all, true));

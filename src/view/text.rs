@@ -13,6 +13,7 @@ use crate::error::count;
 use crate::gc::plan::Policy;
 use crate::gc::report::{human, timestamp};
 use crate::manifest;
+use crate::store::Version;
 
 /// The file `README` in the mount.
 pub const README: &str = include_str!("readme.txt");
@@ -67,7 +68,7 @@ impl View<'_> {
         for manifest in uses.manifests.get(&id).into_iter().flatten() {
             lines.push(format!("manifest {}", catalog.digest(*manifest)));
         }
-        if let Some(subject) = catalog.parsed(id).and_then(|m| m.subject) {
+        if let Some(subject) = catalog.parsed(id).and_then(|m| m.subject()) {
             lines.push(format!("subject {}", catalog.digest(subject)));
         }
         lines.sort();
@@ -158,7 +159,10 @@ impl View<'_> {
                         catalog.name(tag.name).display(),
                         catalog.digest(target),
                         total - unique,
-                        tag.stat.map_or(String::new(), |s| timestamp(s.modified)),
+                        match tag.version {
+                            Version::UNKNOWN => String::new(),
+                            version => timestamp(version.modified()),
+                        },
                     ));
                 }
                 lines.sort();

@@ -9,7 +9,7 @@ use super::View;
 use super::node::{Node, Type};
 use super::reachability::{broken_name, problem_number};
 use crate::catalog::intern::{DigestId, NameId};
-use crate::catalog::{Descriptor, Repository};
+use crate::catalog::{Descriptor, Parsed, Repository};
 use crate::digest::{Algorithm, Digest};
 use crate::error::Result;
 use crate::layout;
@@ -193,8 +193,8 @@ impl View<'_> {
             }),
             Node::Manifests | Node::ManifestsOf(_) | Node::Manifest(_) => self.manifests(node),
             Node::LayoutBlobs(id) | Node::LayoutBlobsOf(id, _) => self.layout_blobs(node, id),
-            Node::Layers(id) => self.snapshot.catalog.parsed(id).map(|m| self.layers(&m.layers)),
-            Node::Platforms(id) => self.snapshot.catalog.parsed(id).map(|m| self.platforms(&m.children)),
+            Node::Layers(id) => self.snapshot.catalog.parsed(id).map(|m| self.layers(m.layers())),
+            Node::Platforms(id) => self.snapshot.catalog.parsed(id).map(|m| self.platforms(m)),
             Node::Referrers(id) => Some(self.referrers(id)),
             Node::Blobs => Some(self.algorithms_of(&self.snapshot.catalog.blobs, Node::BlobsOf)),
             Node::BlobsOf(algorithm) => Some(self.shards(algorithm, &|_| true, Node::BlobShard)),
@@ -268,12 +268,12 @@ impl View<'_> {
         let is_held_by = |holder: DigestId, id: DigestId| {
             catalog
                 .parsed(holder)
-                .is_some_and(|m| m.children.iter().any(|d| d.digest == id) || m.others.contains(&id))
+                .is_some_and(|m| m.children().iter().any(|d| d.digest == id) || m.others().contains(&id))
         };
         let mut ids: Vec<DigestId> = repository.revisions.iter().map(|r| r.digest).collect();
         ids.retain(|id| catalog.digest(*id).algorithm() == algorithm);
         let (holders, plain): (Vec<DigestId>, Vec<DigestId>) = ids.into_iter().partition(|id| {
-            catalog.parsed(*id).is_some_and(|m| !m.children.is_empty() || !m.others.is_empty())
+            catalog.parsed(*id).is_some_and(|m| !m.children().is_empty() || !m.others().is_empty())
         });
         // Few indexes hold indexes: an insertion sort by "holds" is enough for them.
         let mut ordered: Vec<DigestId> = Vec::new();
@@ -317,22 +317,22 @@ impl View<'_> {
             entry("manifest.json", Node::Blob(id)),
             entry("references", Node::References(id)),
         ];
-        if let Some(config) = &manifest.config {
+        if let Some(config) = manifest.config() {
             let stored = self.snapshot.catalog.stored_as(config.digest);
             if self.snapshot.catalog.has_blob(stored) {
                 entries.push(entry("config.json", Node::Blob(stored)));
             }
         }
-        if !manifest.layers.is_empty() {
+        if !manifest.layers().is_empty() {
             entries.push(entry("layers", Node::Layers(id)));
         }
-        if !manifest.children.is_empty() {
+        if !manifest.children().is_empty() {
             entries.push(entry("platforms", Node::Platforms(id)));
         }
         if self.snapshot.uses().referrers.contains_key(&id) {
             entries.push(entry("referrers", Node::Referrers(id)));
         }
-        if let Some(subject) = manifest.subject {
+        if let Some(subject) = manifest.subject() {
             entries.push(entry("subject", Node::Subject(subject)));
         }
         Some(entries)
@@ -369,10 +369,10 @@ impl View<'_> {
         in_store.map(|(at, l)| entry(name(at, l), Node::Blob(catalog.stored_as(l.digest)))).collect()
     }
 
-    fn platforms(&self, children: &[Descriptor]) -> Entries {
+    fn platforms(&self, index: &Parsed) -> Entries {
         let mut entries = Entries::new();
-        for child in children {
-            let name = child.platform.map(|p| self.snapshot.catalog.name(p));
+        for (child, platform) in index.platforms() {
+            let name = platform.map(|p| self.snapshot.catalog.name(p));
             let name = name.map_or_else(|| "unknown".to_string(), |n| file_name(&n.to_string_lossy()));
             let name = unique(&entries, name, &self.snapshot.catalog.digest(child.digest));
             entries.push(entry(name, Node::Sibling(child.digest)));
@@ -384,7 +384,7 @@ impl View<'_> {
         let catalog = &self.snapshot.catalog;
         let referrers = self.snapshot.uses().referrers.get(&id).into_iter().flatten();
         let name = |id: DigestId| {
-            let artifact_type = catalog.parsed(id).and_then(|m| m.artifact_type).map(|t| catalog.name(t));
+            let artifact_type = catalog.parsed(id).and_then(|m| m.artifact_type()).map(|t| catalog.name(t));
             let artifact_type =
                 artifact_type.map_or_else(|| "manifest".to_string(), |t| file_name(&t.to_string_lossy()));
             format!("{artifact_type}-{}", catalog.digest(id).short())
