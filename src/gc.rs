@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::catalog::cache::{self, Place};
-use crate::catalog::scan::{scan_quickly, scan_strictly};
+use crate::catalog::scan::{Depth, scan_once, scan_strictly};
 use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
 use crate::store::Store;
@@ -45,6 +45,9 @@ pub struct Options {
     pub keep: Duration,
     /// Free the bytes at once, for a registry that is stopped or read-only.
     pub now: bool,
+    /// In a dry run, don't read tags: what only a tag names whose manifest was deleted is counted, although a sweep
+    /// leaves it.
+    pub quick: bool,
     /// Where parsed manifests are kept; nowhere if not given. A dry run writes nothing inside the store.
     pub cache: Option<Place>,
 }
@@ -62,6 +65,7 @@ impl Default for Options {
             grace: DEFAULT_GRACE,
             keep: DEFAULT_KEEP,
             now: false,
+            quick: false,
             cache: None,
         }
     }
@@ -108,10 +112,8 @@ pub fn run(
     let policy = Policy { untagged: options.untagged, grace: options.grace, now: SystemTime::now() };
     if options.dry_run {
         progress.phase("mark", 0);
-        let catalog = match options.untagged {
-            true => scan_strictly(store, tables, None)?,
-            false => scan_quickly(store, tables)?,
-        };
+        let depth = Depth { tags: !options.quick || options.untagged, times: options.untagged };
+        let catalog = scan_once(store, tables, depth)?;
         save_cache(store, options, &catalog);
         let plan = Plan::new(store, &catalog, &policy)?;
         return Ok(Report::new(Mode::DryRun, options, &catalog, &plan));

@@ -36,13 +36,18 @@ const EMPTY_LINK_PAUSE: Duration = Duration::from_millis(5);
 /// How long a file must have been at rest for its times to tell versions apart.
 const AT_REST: Duration = Duration::from_secs(2);
 
-/// How closely a scan looks.
+/// What a scan looks at besides what decides about every image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Depth {
-    /// At what decides about reachability, no more: no tags, no times.
-    Quick,
+pub struct Depth {
+    /// Tags. Without them, what only a tag names whose manifest was deleted looks like garbage.
+    pub tags: bool,
+    /// Times of links: a scan after this one then reads only what changed.
+    pub times: bool,
+}
+
+impl Depth {
     /// At everything.
-    Whole,
+    pub const WHOLE: Depth = Depth { tags: true, times: true };
 }
 
 /// Looks at the whole store.
@@ -50,7 +55,7 @@ pub enum Depth {
 /// With `previous`, manifests are taken from it (their digests vouch for them) and links with the same facts
 /// are not read again. Never fails: what fails is a [`Problem`].
 pub fn scan(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>) -> Catalog {
-    scan_to(store, tables, previous, Depth::Whole)
+    scan_to(store, tables, previous, Depth::WHOLE)
 }
 
 fn scan_to(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>, depth: Depth) -> Catalog {
@@ -162,7 +167,7 @@ impl<'a> Scan<'a> {
             store,
             tables,
             previous,
-            depth: Depth::Whole,
+            depth: Depth::WHOLE,
             problems: Vec::new(),
             aliases: HashMap::new(),
             repositories: BTreeMap::new(),
@@ -390,7 +395,7 @@ impl<'a> Scan<'a> {
         }
         let before = self.previous.and_then(|p| p.repositories.get(name)).cloned();
         self.revisions(&mut repository, before.as_deref());
-        if self.depth == Depth::Whole {
+        if self.depth.tags {
             self.tags(&mut repository, before.as_deref());
         }
         self.layers(&mut repository);
@@ -611,7 +616,7 @@ impl<'a> Scan<'a> {
         path: &Path,
         effect: Effect,
     ) -> Link {
-        let facts = self.depth == Depth::Whole;
+        let facts = self.depth.times;
         let mut reads = 0;
         let (content, stat) = loop {
             match directory.read(name, layout::LINK_LIMIT, facts) {
@@ -687,9 +692,9 @@ pub fn scan_strictly(store: &dyn Store, tables: &Tables, previous: Option<&Catal
     strictly(scan(store, tables, previous))
 }
 
-/// The same, looking only at what decides about reachability.
-pub fn scan_quickly(store: &dyn Store, tables: &Tables) -> Result<Catalog> {
-    strictly(scan_to(store, tables, None, Depth::Quick))
+/// The same for one look, of which nothing but `depth` is needed.
+pub fn scan_once(store: &dyn Store, tables: &Tables, depth: Depth) -> Result<Catalog> {
+    strictly(scan_to(store, tables, None, depth))
 }
 
 fn strictly(catalog: Catalog) -> Result<Catalog> {

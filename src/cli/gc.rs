@@ -25,6 +25,9 @@ pub(super) struct GcArgs {
     /// Say what would be taken; change nothing
     #[arg(long)]
     dry_run: bool,
+    /// In a dry run, don't read tags: counts what only a tag names whose manifest was deleted, which a sweep leaves
+    #[arg(long, requires = "dry_run", conflicts_with = "untagged")]
+    quick: bool,
     /// Take manifests that no tag leads to, too
     #[arg(long)]
     untagged: bool,
@@ -59,6 +62,7 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
         grace: args.grace,
         keep: args.keep,
         now: args.now,
+        quick: args.quick,
         cache: match &args.cache_dir {
             _ if args.no_cache => None,
             Some(directory) => Some(Place::Directory(directory.clone())),

@@ -1,7 +1,7 @@
 //! Report: what a run decided and did, as text and as JSON.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
@@ -204,8 +204,8 @@ impl Report {
         for item in &self.taken {
             match item.kind {
                 ItemKind::Blob => {
-                    let name = item.path.parent().and_then(Path::file_name).unwrap_or_default();
-                    writeln!(f, "blob {} {} {}", name.display(), item.bytes, item.reason)?;
+                    let digest = item.digest.map(|d| d.to_string()).unwrap_or_default();
+                    writeln!(f, "blob {digest} {} {}", item.bytes, item.reason)?;
                 }
                 ItemKind::LayerLink => writeln!(f, "layer-link {} {}", item.path.display(), item.reason)?,
                 ItemKind::Revision => writeln!(f, "revision {} {}", item.path.display(), item.reason)?,

@@ -117,6 +117,7 @@ mod tests {
             grace: Duration::ZERO,
             keep: Duration::from_secs(3600),
             dry_run: false,
+            quick: false,
             cache: None,
         };
         assert_eq!(run("sweep now untagged grace=0 keep=1h &"), (all.clone(), true));
