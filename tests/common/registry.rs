@@ -282,17 +282,7 @@ impl Registry {
     /// What its own garbage collector would delete: digests of blobs. Changes nothing.
     #[track_caller]
     pub(crate) fn stock_garbage(&self) -> BTreeSet<String> {
-        let outcome = clean("docker-registry")
-            .args(["garbage-collect", "--dry-run"])
-            .arg(self.config())
-            .outcome()
-            .exits(0);
-        let eligible =
-            outcome.stdout.lines().filter_map(|line| line.strip_prefix("blob eligible for deletion: "));
-        let blobs: BTreeSet<String> = eligible.map(|digest| digest.trim().to_string()).collect();
-        let summary = format!("{} blobs and 0 manifests eligible for deletion", blobs.len());
-        assert!(outcome.stdout.contains(&summary), "no {summary:?} in {outcome}");
-        blobs
+        stock_garbage(&self.config())
     }
 
     /// The storage below `docker/registry/v2`, but for our own `.regfs`.
@@ -311,6 +301,19 @@ impl Drop for Registry {
             let _ = process.wait();
         }
     }
+}
+
+/// What the garbage collector of the registry with this config.yml would delete: digests of blobs. Changes nothing.
+#[track_caller]
+pub(crate) fn stock_garbage(config: &Path) -> BTreeSet<String> {
+    let outcome =
+        clean("docker-registry").args(["garbage-collect", "--dry-run"]).arg(config).outcome().exits(0);
+    let eligible =
+        outcome.stdout.lines().filter_map(|line| line.strip_prefix("blob eligible for deletion: "));
+    let blobs: BTreeSet<String> = eligible.map(|digest| digest.trim().to_string()).collect();
+    let summary = format!("{} blobs and 0 manifests eligible for deletion", blobs.len());
+    assert!(outcome.stdout.contains(&summary), "no {summary:?} in {outcome}");
+    blobs
 }
 
 /// `skopeo copy` of everything, byte for byte.
