@@ -22,7 +22,7 @@ use common::store::{Store, put};
 use serde_json::Value;
 
 /// How many registries.
-const SEEDS: u64 = 60;
+const SEEDS: u64 = 40;
 
 const REPOSITORIES: [&str; 5] = ["app", "app/nested", "library/base", "other", "a-b/c_d/e.f"];
 const TAGS: [&str; 4] = ["1", "2.0", "latest", "Edge_build-7"];
