@@ -7,7 +7,7 @@
 //! repositories/<name>/_manifests/revisions/<alg>/<hex>/link
 //! repositories/<name>/_manifests/tags/<tag>/{current/link,index/<alg>/<hex>/link}
 //! repositories/<name>/_uploads/<uuid>/{startedat,data,hashstates/…}
-//! .regfs/{lock,trash/<transaction>/…}                                    ours
+//! .regfs/{lock,reserve,trash/<transaction>/…}                            ours
 //! ```
 //! Pure: no I/O, nothing can fail but parsing. Source: distribution `registry/storage/paths.go`.
 
