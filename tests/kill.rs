@@ -1,7 +1,7 @@
 //! `kill -9` at any point: are all images served by a real registry then, and does whoever comes next finish?
 //!
 //! This binary runs itself as the process that dies: [`the_process_that_dies`] does one thing to a store on disk
-//! and gets a SIGKILL right before, or right after, one of its calls that change the store; within a write, too.
+//! and gets a SIGKILL right before, or right after, one of its calls that change the store; within a write or a move, too.
 //! The parent gives every such run a fresh copy of the store, in the place that a stock registry without a cache
 //! serves, and asks that registry for every byte of every tag: after the kill, after the undo of all that is in
 //! the trash (or a purge), and after the next sweep.
@@ -46,8 +46,10 @@ const POINT: &str = "REGFS_KILL_POINT";
 /// Begins each line that names a change.
 const CHANGE: &str = "change: ";
 
-/// Points tried for each operation at most; evenly chosen where there are more.
-const MOST_POINTS: usize = 50;
+/// Points tried for each operation at most; evenly chosen where there are more. `KILL_POINTS=1000` tries them all.
+fn most_points() -> usize {
+    std::env::var("KILL_POINTS").map_or(50, |most| most.parse().expect("KILL_POINTS is a number"))
+}
 
 /// An index with two children of its own, for `rm`.
 const GOING: &str = "team/multi:going";
@@ -56,7 +58,8 @@ const GOING: &str = "team/multi:going";
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Point {
     Before(usize),
-    /// With half of a file written, under the name it has until it is whole.
+    /// With half of a file written, under the name it has until it is whole; with the directories made, and nothing
+    /// moved to them.
     Within(usize),
     After(usize),
 }
@@ -152,7 +155,8 @@ impl Store for Deadly {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<bool> {
-        self.change("rename", from, || (), |store| store.rename(from, to))
+        let directories = || std::fs::create_dir_all(self.inner.full(to.parent().unwrap())).unwrap();
+        self.change("rename", from, directories, |store| store.rename(from, to))
     }
 
     /// Each path is a change of its own, so that a removal of many can end in the middle.
@@ -383,14 +387,14 @@ impl Fixture {
 
         let mut points: Vec<Point> = Vec::new();
         for (at, change) in changes.iter().enumerate() {
-            let is_write = change.starts_with("write");
+            let has_steps = change.starts_with("write") || change.starts_with("rename");
             points.push(Point::Before(at));
-            points.extend(is_write.then_some(Point::Within(at)));
+            points.extend(has_steps.then_some(Point::Within(at)));
             points.push(Point::After(at));
         }
-        let all = points.len();
-        if all > MOST_POINTS {
-            points = (0..MOST_POINTS).map(|n| points[n * all / MOST_POINTS]).collect();
+        let (all, most) = (points.len(), most_points());
+        if all > most {
+            points = (0..most).map(|n| points[n * all / most]).collect();
         }
         for (number, point) in points.iter().enumerate() {
             let when = format!(
@@ -402,7 +406,6 @@ impl Fixture {
             self.restore(&pristine);
             let outcome = process(&self.registry.store(), act, Some(*point)).outcome();
             assert_eq!(outcome.signal, Some(Signal::KILL.as_raw()), "{when}: it did not die: {outcome}");
-            // The state after one change is that before the next, so most states are undone once and purged once.
             self.aftermath(&when, keeps, number % 2 == 0);
         }
         println!("{act}: killed at {} of {all} points, {} changes", points.len(), changes.len());
@@ -470,7 +473,7 @@ fn a_killed_sweep_now_costs_no_image() {
 #[test]
 fn a_killed_rm_of_a_tag_costs_no_other_image() {
     if can_run() {
-        Fixture::new().kill_everywhere(&Act::Rm(GOING.to_string()), true, 13);
+        Fixture::new().kill_everywhere(&Act::Rm(GOING.to_string()), true, 15);
     }
 }
 
