@@ -99,8 +99,15 @@ impl Digest {
 
     /// The hash as lower-case hex.
     pub fn hex(&self) -> String {
+        let mut text = String::with_capacity(self.algorithm.size() * 2);
+        self.push_hex(&mut text);
+        text
+    }
+
+    /// Adds the hash as lower-case hex to `text`.
+    pub fn push_hex(&self, text: &mut String) {
         let digits = self.as_bytes().iter().flat_map(|byte| [byte >> 4, byte & 15]);
-        digits.map(|digit| HEX[digit as usize] as char).collect()
+        text.extend(digits.map(|digit| HEX[digit as usize] as char));
     }
 
     /// The first twelve hex digits, for names that people read.

@@ -156,6 +156,9 @@ impl fmt::Display for Error {
                         " (blobs, repositories and .regfs must lie on one filesystem: things are taken out by rename)",
                     ),
                     Some(libc::EACCES) => f.write_str(" (run regfs as root or as the registry's user)"),
+                    Some(libc::ENOSPC | libc::EDQUOT) => f.write_str(
+                        " (the disk is full: `regfs trash <store> purge` frees what is in the trash, else free some space)",
+                    ),
                     _ => Ok(()),
                 }
             }

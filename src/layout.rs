@@ -7,7 +7,7 @@
 //! repositories/<name>/_manifests/revisions/<alg>/<hex>/link
 //! repositories/<name>/_manifests/tags/<tag>/{current/link,index/<alg>/<hex>/link}
 //! repositories/<name>/_uploads/<uuid>/{startedat,data,hashstates/…}
-//! .regfs/{lock,trash/<transaction>/…,cache/manifests}                    ours
+//! .regfs/{lock,reserve,trash/<transaction>/…,cache/manifests}            ours
 //! ```
 //! Pure: no I/O, nothing can fail but parsing. Source: distribution `registry/storage/paths.go`.
 
@@ -64,6 +64,35 @@ pub fn blob_dir(digest: &Digest) -> PathBuf {
 /// Bytes of one blob: `blobs/sha256/ab/ab…/data`.
 pub fn blob_data(digest: &Digest) -> PathBuf {
     blob_dir(digest).join(DATA)
+}
+
+/// Bytes of one blob, within the directory of [`blob_shard`]: `<hex>/data`.
+pub fn blob_data_in_shard(digest: &Digest) -> String {
+    let mut name = String::with_capacity(140);
+    digest.push_hex(&mut name);
+    name.push('/');
+    name.push_str(DATA);
+    name
+}
+
+/// The link within the directory of a digest or of a tag's `current`: `<name>/link`.
+pub fn link_in(directory: &OsStr) -> PathBuf {
+    let mut name = std::ffi::OsString::with_capacity(directory.len() + 16);
+    name.push(directory);
+    name.push("/");
+    name.push(LINK);
+    name.into()
+}
+
+/// A tag's link within the directory of [`tags`]: `<tag>/current/link`.
+pub fn tag_link_in(tag: &OsStr) -> PathBuf {
+    let mut name = std::ffi::OsString::with_capacity(tag.len() + 16);
+    name.push(tag);
+    name.push("/");
+    name.push(CURRENT);
+    name.push("/");
+    name.push(LINK);
+    name.into()
 }
 
 /// Directory of a repository (or of a namespace): `repositories/library/alpine`.

@@ -7,13 +7,15 @@
 
 mod common;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use common::check::{Live, Roots, blobs, sha256, sha512};
 use common::gc::{gc, gc_outcome};
 use common::image::{DOCKER_SCHEMA_1, Image, OCI_LAYER, OCI_MANIFEST, bytes, descriptor, layer};
+use common::registry::Registry;
 use common::run::{Bounded, clean};
 use common::store::{Store, put};
 use common::walk;
@@ -235,6 +237,85 @@ fn g_entries_that_vanish_while_they_are_listed() {
     });
     gc(store.root(), &["--untagged", "--grace", "0", "--now"]);
     live.assert_intact();
+}
+
+/// Pushes as a client does, which uploads nothing that the registry says it has; `false`: the registry refused.
+fn client_push(registry: &Registry, name: &str, tag: &str, image: &Image) -> bool {
+    for blob in &image.blobs {
+        let digest = sha256(blob);
+        if registry.api("HEAD", &format!("{name}/blobs/{digest}"), &[], &[]).status == 200 {
+            continue;
+        }
+        let started = registry.api("POST", &format!("{name}/blobs/uploads/"), &[], &[]);
+        let Some((_, path)) = started.header("location").and_then(|place| place.split_once("/v2/")) else {
+            return false;
+        };
+        if registry.api("PUT", &format!("{path}&digest={digest}"), &[], blob).status != 201 {
+            return false;
+        }
+    }
+    let target = format!("{name}/manifests/{tag}");
+    registry.api("PUT", &target, &[("Content-Type", image.media_type)], &image.manifest).status == 201
+}
+
+#[test]
+fn i_a_push_while_the_collector_runs() {
+    if !common::have(&["docker-registry", "setpriv"]) {
+        return;
+    }
+    // With a warm cache it accepts images without looking whether their layers are there, which is the worst case.
+    for (cache, arguments) in
+        [(false, &["--grace", "0"][..]), (true, &["--grace", "0"]), (true, &["--untagged", "--grace", "0"])]
+    {
+        let registry = Registry::start_with(cache);
+        registry.push("bystander", Some("1"), &image("bystander"));
+        let shared = layer("base", "shared");
+        let images: Vec<Image> = (0..5)
+            .map(|n| Image::oci(&n.to_string(), &[shared.clone(), layer("private", &n.to_string())]))
+            .collect();
+        let (stop, accepted) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let tags = std::thread::scope(|scope| {
+            let pusher = scope.spawn(|| {
+                let mut tags: BTreeMap<String, String> = BTreeMap::new();
+                for round in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let (image, tag) = (&images[round % 5], format!("tag-{}", round % 3));
+                    // What a refused push left is unknown.
+                    tags.remove(&tag);
+                    if client_push(&registry, "app", &tag, image) {
+                        accepted.fetch_add(1, Ordering::Relaxed);
+                        tags.insert(tag, image.digest());
+                    }
+                    // Garbage for the next sweep, which a later push names again.
+                    let old = images[(round + 3) % 5].digest();
+                    registry.api("DELETE", &format!("app/manifests/{old}"), &[], &[]);
+                    tags.retain(|_, digest| *digest != old);
+                }
+                tags
+            });
+            let stopped = Stop(&stop);
+            let (start, mut sweeps) = (Instant::now(), 0);
+            while sweeps < 15 || accepted.load(Ordering::Relaxed) < 15 {
+                assert!(start.elapsed() < Duration::from_secs(60), "{sweeps} sweeps, {accepted:?} pushes");
+                gc_outcome(&registry.store(), arguments).exits_one_of(&[0, 1, 3]);
+                sweeps += 1;
+            }
+            drop(stopped);
+            pusher.join().expect("the pushes")
+        });
+        // Whatever the last push relied on comes back with the next look, as a mount does at once.
+        gc(&registry.store(), arguments);
+        let wanted = tags.iter().map(|(tag, digest)| (format!("app:{tag}"), digest));
+        for (reference, digest) in wanted.clone() {
+            let tag = reference.split_once(':').unwrap().1;
+            assert_eq!(sha256(&registry.manifest("app", tag).is(200).body), *digest, "{reference}");
+        }
+        let wanted = wanted.map(|(reference, _)| reference).chain(["bystander:1".to_string()]).collect();
+        registry.assert_serves(&wanted, &format!("cache: {cache}, {arguments:?}"));
+        println!("cache: {cache}, {arguments:?}: {accepted:?} pushes accepted");
+    }
 }
 
 /// Ends the other thread however this one ends.

@@ -45,18 +45,22 @@ pub struct Digests {
 /// A power of two.
 const SHARDS: usize = 64;
 const SHARD_BITS: u32 = SHARDS.trailing_zeros();
-/// Digests in one piece of memory: enough for few pieces, and little is wasted in each shard.
-const CHUNK: usize = 128;
 
+/// Digests of one shard and where they are found: a table with open addressing, since a scan looks up millions, and
+/// each look should touch little memory. A slot holds the place of a digest plus one and eight bits of its hash.
 #[derive(Default)]
 struct Shard {
-    /// SHA-256 digests as they are, of others the first 32 bytes; in pieces that never move.
-    packed: Vec<Vec<[u8; 32]>>,
+    /// SHA-256 digests as they are, of others the first 32 bytes.
+    packed: Vec<[u8; 32]>,
     /// Digests that are not SHA-256, by their place.
     others: HashMap<u32, Digest>,
-    /// Places by hash.
-    places: HashTable<u32>,
+    /// A power of two of them, at most four in five taken; 0 is free.
+    slots: Vec<u32>,
 }
+
+/// Bits of a slot that hold a place; the others are the tag.
+const PLACE_BITS: u32 = 24;
+const PLACE: u32 = (1 << PLACE_BITS) - 1;
 
 impl Default for Digests {
     fn default() -> Digests {
@@ -65,48 +69,70 @@ impl Default for Digests {
 }
 
 impl Shard {
-    fn len(&self) -> usize {
-        let last = self.packed.last().map_or(0, Vec::len);
-        self.packed.len().saturating_sub(1) * CHUNK + last
-    }
-
-    fn bytes(&self, place: u32) -> &[u8; 32] {
-        &self.packed[place as usize / CHUNK][place as usize % CHUNK]
-    }
-
     fn get(&self, place: u32) -> Digest {
         let other = if self.others.is_empty() { None } else { self.others.get(&place) };
-        other.copied().unwrap_or_else(|| Digest::from_bytes(Algorithm::Sha256, self.bytes(place)))
+        other.copied().unwrap_or_else(|| Digest::from_bytes(Algorithm::Sha256, &self.packed[place as usize]))
+    }
+
+    /// The tag of a hash, in the bits of a slot where it stands.
+    fn tag(hash: u64) -> u32 {
+        (hash as u32) & !PLACE
+    }
+
+    /// The slots to look at, in order, until a free one.
+    fn probe(&self, hash: u64) -> impl Iterator<Item = usize> {
+        let (mask, start) = (self.slots.len().wrapping_sub(1), (hash >> 32) as usize);
+        (0..self.slots.len()).map(move |step| start.wrapping_add(step) & mask)
     }
 
     fn find(&self, hash: u64, digest: &Digest) -> Option<u32> {
-        let is_it = |place: &u32| {
-            digest.as_bytes()[..32] == self.bytes(*place)[..]
-                && (self.others.is_empty() && digest.algorithm() == Algorithm::Sha256
-                    || self.get(*place) == *digest)
-        };
-        self.places.find(hash, is_it).copied()
+        for at in self.probe(hash) {
+            let slot = self.slots[at];
+            if slot == 0 {
+                return None;
+            }
+            let place = (slot & PLACE) - 1;
+            if slot & !PLACE == Shard::tag(hash)
+                && self.packed[place as usize][..] == digest.as_bytes()[..32]
+                && (digest.algorithm() == Algorithm::Sha256 && self.others.is_empty()
+                    || self.get(place) == *digest)
+            {
+                return Some(place);
+            }
+        }
+        None
     }
 
     fn add(&mut self, hash: u64, digest: &Digest, hash_of: impl Fn(&Digest) -> u64) -> u32 {
-        let place = self.len() as u32;
+        let place = self.packed.len() as u32;
+        // A thousand million digests need more memory than any machine that runs this has.
+        assert!(place < PLACE, "too many digests");
+        if self.packed.len() == self.packed.capacity() {
+            // Little by little: there are millions, and half of the room unused would be much.
+            self.packed.reserve_exact(64.max(self.packed.len() / 8));
+        }
         let mut first = [0; 32];
         first.copy_from_slice(&digest.as_bytes()[..32]);
-        match self.packed.last_mut() {
-            Some(chunk) if chunk.len() < CHUNK => chunk.push(first),
-            _ => {
-                let mut chunk = Vec::with_capacity(CHUNK);
-                chunk.push(first);
-                self.packed.push(chunk);
-            }
-        }
+        self.packed.push(first);
         if digest.algorithm() != Algorithm::Sha256 {
             self.others.insert(place, *digest);
         }
-        let mut places = std::mem::take(&mut self.places);
-        places.insert_unique(hash, place, |place| hash_of(&self.get(*place)));
-        self.places = places;
+        if self.packed.len() * 5 > self.slots.len() * 4 {
+            self.slots = vec![0; (self.slots.len() * 2).max(64)];
+            for place in 0..=place {
+                self.settle(hash_of(&self.get(place)), place);
+            }
+        } else {
+            self.settle(hash, place);
+        }
         place
+    }
+
+    /// Notes in the first free slot where a digest is.
+    fn settle(&mut self, hash: u64, place: u32) {
+        if let Some(at) = self.probe(hash).find(|at| self.slots[*at] == 0) {
+            self.slots[at] = (place + 1) | Shard::tag(hash);
+        }
     }
 }
 
@@ -151,7 +177,7 @@ impl Digests {
     pub fn checked(&self, id: DigestId) -> Option<Digest> {
         let (shard, place) = (id.0 as usize % SHARDS, id.0 >> SHARD_BITS);
         let table = self.read(shard);
-        ((place as usize) < table.len()).then(|| table.get(place))
+        ((place as usize) < table.packed.len()).then(|| table.get(place))
     }
 
     /// The digest that `id` stands for; `id` was handed out by this table.
@@ -161,7 +187,7 @@ impl Digests {
 
     /// All numbers are below this; for arrays with an element per number.
     pub fn bound(&self) -> usize {
-        let longest = (0..SHARDS).map(|shard| self.read(shard).len()).max().unwrap_or(0);
+        let longest = (0..SHARDS).map(|shard| self.read(shard).packed.len()).max().unwrap_or(0);
         longest << SHARD_BITS
     }
 }

@@ -104,12 +104,12 @@ impl Scan<'_> {
             Ok(None) => return Manifest::Missing,
             Err(e) => {
                 if !e.is_damage() {
-                    self.failed(&path, &e, Effect::StopsSweep);
+                    self.failed(&shard.join(name), &e, Effect::StopsSweep);
                 }
                 return Manifest::Damaged { reason: e.to_string() };
             }
         };
-        let full = || self.store.full(&path);
+        let full = || self.store.full(&shard.join(&name));
         if Digest::of(digest.algorithm(), bytes) != digest {
             return Manifest::Damaged { reason: format!("{} does not match its digest", full().display()) };
         }

@@ -440,15 +440,14 @@ impl<'a> Scan<'a> {
                     repository.held.push(id);
                     continue;
                 }
-                let link = layout::revision_link(&repository.name, &digest);
-                let name = Path::new(&hex).join("link");
+                let name = layout::link_in(&hex);
                 let unchanged =
                     known.get(&id).filter(|r| r.is_readable && self.is_unchanged(&*links, &name, &r.version));
                 if let Some(revision) = unchanged {
                     repository.revisions.push(**revision);
                     continue;
                 }
-                let read = self.read_link_in(&mut *links, &name, &link, everything.clone());
+                let read = self.read_link_in(&mut *links, &path, &name, &everything);
                 let (target, version, is_readable) = match read {
                     Link::Absent => continue,
                     Link::To(target, version) if target == digest => (id, version, true),
@@ -456,6 +455,7 @@ impl<'a> Scan<'a> {
                     Link::Bad(version) => (id, version, false),
                 };
                 if target != id {
+                    let link = path.join(&name);
                     let what = format!("{} holds another digest", self.store.full(&link).display());
                     self.note(&link, what, everything.clone());
                 }
@@ -473,20 +473,21 @@ impl<'a> Scan<'a> {
         let names = self.directories_named(&root, revisions.clone(), &layout::is_tag);
         let Some(mut links) = self.directory(&root, names.is_empty(), revisions.clone()) else { return };
         for name in names {
-            let link = layout::tag_link(&repository.name, &name);
-            let below = link.strip_prefix(&root).unwrap_or(&link);
+            let below = layout::tag_link_in(&name);
+            let link = || root.join(&below);
             let id = self.tables.names.intern(&name);
             let unchanged = known
                 .get(&id)
-                .filter(|t| t.target.is_some() && self.is_unchanged(&*links, below, &t.version));
+                .filter(|t| t.target.is_some() && self.is_unchanged(&*links, &below, &t.version));
             let tag = match unchanged {
                 Some(tag) => **tag,
-                None => match self.read_link_in(&mut *links, below, &link, revisions.clone()) {
+                None => match self.read_link_in(&mut *links, &root, &below, &revisions) {
                     Link::To(target, version) => {
                         Tag { name: id, target: Some(self.tables.digests.intern(&target)), version }
                     }
                     Link::Bad(version) => Tag { name: id, target: None, version },
                     Link::Absent => {
+                        let link = link();
                         let what = format!(
                             "{} is missing: the tag points nowhere",
                             self.store.full(&link).display()
@@ -498,6 +499,7 @@ impl<'a> Scan<'a> {
             };
             if layout::is_tag(&name) {
                 if tag.target.is_some_and(|t| repository.revision(t).is_none()) {
+                    let link = link();
                     let full = self.store.full(&link);
                     let what =
                         format!("{} points at a manifest that this repository does not have", full.display());
@@ -603,18 +605,18 @@ impl<'a> Scan<'a> {
     fn read_link(&mut self, path: &Path, effect: Effect) -> Link {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Link::Absent };
         match self.directory(parent, false, effect.clone()) {
-            Some(mut directory) => self.read_link_in(&mut *directory, Path::new(name), path, effect),
+            Some(mut directory) => self.read_link_in(&mut *directory, parent, Path::new(name), &effect),
             None => Link::Bad(Version::UNKNOWN),
         }
     }
 
-    /// Reads the link `name` of a directory; `path` is its full name.
+    /// Reads the link `name` of the directory `prefix`.
     fn read_link_in(
         &mut self,
         directory: &mut dyn Directory,
+        prefix: &Path,
         name: &Path,
-        path: &Path,
-        effect: Effect,
+        effect: &Effect,
     ) -> Link {
         let facts = self.depth.times;
         let mut reads = 0;
@@ -628,7 +630,7 @@ impl<'a> Scan<'a> {
                 Ok(Some((_, stat))) => break (&[][..], stat),
                 Ok(None) => return Link::Absent,
                 Err(e) => {
-                    self.failed(path, &e, effect);
+                    self.failed(&prefix.join(name), &e, effect.clone());
                     return Link::Bad(Version::UNKNOWN);
                 }
             }
@@ -638,7 +640,9 @@ impl<'a> Scan<'a> {
             Ok(digest) => Link::To(digest, version),
             Err(e) => {
                 let shown: String = String::from_utf8_lossy(content).chars().take(100).collect();
-                self.note(path, format!("{} holds {shown:?}: {e}", self.store.full(path).display()), effect);
+                let path = prefix.join(name);
+                let what = format!("{} holds {shown:?}: {e}", self.store.full(&path).display());
+                self.note(&path, what, effect.clone());
                 Link::Bad(version)
             }
         }

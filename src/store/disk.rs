@@ -4,12 +4,19 @@
 //! `openat2(RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)`: neither `..` nor a symlink planted in the store leads out of it.
 //! Renames are `renameat2(RENAME_NOREPLACE)`. Durability is one `syncfs` per step.
 //!
+//! # A full disk
+//! Space is freed by a purge, which needs none; but what is purged was taken before, and taking needs a description
+//! and on most filesystems a block for each new directory. So `.regfs/reserve` holds [`RESERVE_BYTES`]: whoever takes
+//! the lock makes it, a change that meets a full disk gives it up and tries again, and whoever lets go of the lock
+//! makes it anew when there is space again. A disk that was full before regfs first changed something has none.
+//!
 //! # Cost
 //! `list`: open, getdents, close. `stat`: 3 calls. `read`: 4 calls for a file below 4 KiB.
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -24,6 +31,9 @@ use rustix::io::Errno;
 use super::{Directory, Entry, Kind, Reader, Space, Stat, Store, expect_file};
 use crate::error::{Error, Found, Result};
 use crate::layout;
+
+/// Space kept for a full disk: with 4 KiB for each directory enough to take more than a hundred blobs.
+pub const RESERVE_BYTES: u64 = 1 << 20;
 
 /// A registry directory on a local filesystem.
 #[derive(Debug)]
@@ -224,10 +234,12 @@ impl Directory for DiskDirectory<'_> {
             Err(Errno::NOENT) => return Ok(None),
             Err(_) => return self.read_slowly(name, limit),
         };
-        self.buffer.resize(READ_BUFFER, 0);
+        if self.buffer.len() < READ_BUFFER {
+            self.buffer.resize(READ_BUFFER, 0);
+        }
         let stat = if facts { fs::fstat(&file).ok() } else { None };
         let is_file = stat.as_ref().is_none_or(|s| kind_of(FileType::from_raw_mode(s.st_mode)) == Kind::File);
-        match rustix::io::read(&file, &mut self.buffer[..]) {
+        match rustix::io::read(&file, &mut self.buffer[..READ_BUFFER]) {
             // A regular file gives all it has, so there is no more where it didn't fill the buffer.
             Ok(read)
                 if (1..READ_BUFFER).contains(&read)
@@ -235,8 +247,7 @@ impl Directory for DiskDirectory<'_> {
                     && is_file
                     && facts == stat.is_some() =>
             {
-                self.buffer.truncate(read);
-                Ok(Some((&self.buffer, stat.as_ref().map(stat_of))))
+                Ok(Some((&self.buffer[..read], stat.as_ref().map(stat_of))))
             }
             // Empty, large, a directory, a failure: as rare as they are.
             _ => self.read_slowly(name, limit),
@@ -280,8 +291,8 @@ impl Store for Disk {
             Err(Errno::NOENT) => return Ok(false),
             Err(e) => return Err(self.error(doing, prefix, e)),
         };
-        let mut buffer = Vec::with_capacity(LIST_BUFFER);
-        let mut entries = fs::RawDir::new(&fd, buffer.spare_capacity_mut());
+        let mut buffer = [MaybeUninit::uninit(); LIST_BUFFER];
+        let mut entries = fs::RawDir::new(&fd, &mut buffer);
         while let Some(entry) = entries.next() {
             let entry = entry.map_err(|e| self.error(doing, prefix, e))?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
@@ -339,45 +350,16 @@ impl Store for Disk {
     }
 
     fn write(&self, path: &Path, content: &[u8]) -> Result<()> {
-        self.write_with(path, &|file| file.write_all(content))
+        self.with_reserve(|| self.write_once(path, &|file| file.write_all(content)))
     }
 
+    /// Without the reserve: that is for changes of the store, not for what only saves time.
     fn write_with(&self, path: &Path, write: &dyn Fn(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-        let doing = "write";
-        self.make_directories(path.parent().unwrap_or(Path::new("")), None)?;
-        let mut name = path.file_name().unwrap_or_default().to_os_string();
-        name.push(".tmp");
-        let temporary = path.with_file_name(name);
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC;
-        let fd = self
-            .open_below(&temporary, flags, Mode::from_raw_mode(0o600))
-            .map_err(|e| self.error(doing, &temporary, e))?;
-        let mut file = BufWriter::new(File::from(fd));
-        let written = write(&mut file).and_then(|()| file.flush()).and_then(|()| file.get_ref().sync_all());
-        written.map_err(|e| Error::io(doing, &self.full(path), e))?;
-        let Some((parent, name)) = self.parent(path, doing)? else {
-            return Err(self.error(doing, path, Errno::NOENT));
-        };
-        let temporary_name = temporary.file_name().unwrap_or_default();
-        fs::renameat(&parent, temporary_name, &parent, name).map_err(|e| self.error(doing, path, e))
+        self.write_once(path, write)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<bool> {
-        let doing = "move";
-        let Some((from_parent, from_name)) = self.parent(from, doing)? else { return Ok(false) };
-        if fs::statat(&from_parent, from_name, AtFlags::SYMLINK_NOFOLLOW).is_err_and(|e| e == Errno::NOENT) {
-            return Ok(false);
-        }
-        self.make_directories(to.parent().unwrap_or(Path::new("")), from.parent())?;
-        let Some((to_parent, to_name)) = self.parent(to, doing)? else {
-            return Err(self.error(doing, to, Errno::NOENT));
-        };
-        match fs::renameat_with(&from_parent, from_name, &to_parent, to_name, RenameFlags::NOREPLACE) {
-            Ok(()) => Ok(true),
-            Err(Errno::NOENT) => Ok(false),
-            Err(Errno::EXIST) => Err(Error::Exists { path: self.full(to) }),
-            Err(e) => Err(self.error(doing, from, e)),
-        }
+        self.with_reserve(|| self.rename_once(from, to))
     }
 
     fn remove(&self, paths: &[PathBuf]) -> Vec<Error> {
@@ -437,7 +419,10 @@ impl Store for Disk {
         if let Err(e) = described {
             log::debug!("could not say in {} who holds the lock: {e}", self.full(path).display());
         }
-        Ok(Box::new(file))
+        let own = self
+            .open_below(Path::new(layout::OWN), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())
+            .map_err(|e| self.error(doing, Path::new(layout::OWN), e))?;
+        Ok(Box::new(Locked::new(file, own)))
     }
 
     fn is_writable(&self) -> bool {
@@ -463,6 +448,68 @@ impl Store for Disk {
 }
 
 impl Disk {
+    /// Does what may need space; on a full disk the reserve is given up for it.
+    fn with_reserve<T>(&self, act: impl Fn() -> Result<T>) -> Result<T> {
+        match act() {
+            Err(e) if is_full(&e) && self.release_reserve() => act(),
+            result => result,
+        }
+    }
+
+    /// Gives up the reserve; `false`: there is none.
+    fn release_reserve(&self) -> bool {
+        let own = self.open_below(Path::new(layout::OWN), OFlags::PATH | OFlags::DIRECTORY, Mode::empty());
+        if own.and_then(|own| fs::unlinkat(&own, RESERVE, AtFlags::empty())).is_err() {
+            return false;
+        }
+        log::warn!("the disk of {} is full; the reserve is used up", self.path.display());
+        // ext4 hands out freed blocks only after a commit. When that fails, the next try tells why.
+        let _ = fs::syncfs(self.root.as_fd());
+        true
+    }
+
+    fn write_once(&self, path: &Path, write: &dyn Fn(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+        let doing = "write";
+        self.make_directories(path.parent().unwrap_or(Path::new("")), None)?;
+        let mut name = path.file_name().unwrap_or_default().to_os_string();
+        name.push(".tmp");
+        let temporary = path.with_file_name(name);
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC;
+        let fd = self
+            .open_below(&temporary, flags, Mode::from_raw_mode(0o600))
+            .map_err(|e| self.error(doing, &temporary, e))?;
+        let mut file = BufWriter::new(File::from(fd));
+        let written = write(&mut file).and_then(|()| file.flush()).and_then(|()| file.get_ref().sync_all());
+        if let Err(e) = written {
+            // Half a file helps nobody, and may take the last space there was.
+            self.remove(&[temporary]).iter().for_each(|e| log::debug!("{e}"));
+            return Err(Error::io(doing, &self.full(path), e));
+        }
+        let Some((parent, name)) = self.parent(path, doing)? else {
+            return Err(self.error(doing, path, Errno::NOENT));
+        };
+        let temporary_name = temporary.file_name().unwrap_or_default();
+        fs::renameat(&parent, temporary_name, &parent, name).map_err(|e| self.error(doing, path, e))
+    }
+
+    fn rename_once(&self, from: &Path, to: &Path) -> Result<bool> {
+        let doing = "move";
+        let Some((from_parent, from_name)) = self.parent(from, doing)? else { return Ok(false) };
+        if fs::statat(&from_parent, from_name, AtFlags::SYMLINK_NOFOLLOW).is_err_and(|e| e == Errno::NOENT) {
+            return Ok(false);
+        }
+        self.make_directories(to.parent().unwrap_or(Path::new("")), from.parent())?;
+        let Some((to_parent, to_name)) = self.parent(to, doing)? else {
+            return Err(self.error(doing, to, Errno::NOENT));
+        };
+        match fs::renameat_with(&from_parent, from_name, &to_parent, to_name, RenameFlags::NOREPLACE) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(Errno::EXIST) => Err(Error::Exists { path: self.full(to) }),
+            Err(e) => Err(self.error(doing, from, e)),
+        }
+    }
+
     fn kind(&self, path: &Path) -> Result<Option<Kind>> {
         let doing = "look at";
         let Some((parent, name)) = self.parent(path, doing)? else { return Ok(None) };
@@ -484,6 +531,53 @@ impl Disk {
         let stat = fs::fstat(&fd).map_err(|e| self.error(doing, path, e))?;
         expect_file(kind_of(FileType::from_raw_mode(stat.st_mode as RawMode)), self.full(path))?;
         Ok(Some((File::from(fd), stat_of(&stat))))
+    }
+}
+
+/// Name of the reserve in our own directory.
+const RESERVE: &str = "reserve";
+
+fn is_full(error: &Error) -> bool {
+    matches!(error.errno(), libc::ENOSPC | libc::EDQUOT)
+}
+
+/// The lock of a store; with it comes the reserve.
+struct Locked {
+    /// The lock ends when this is closed, after the reserve was made.
+    _file: File,
+    /// Our own directory.
+    own: OwnedFd,
+}
+
+impl Locked {
+    fn new(file: File, own: OwnedFd) -> Locked {
+        let locked = Locked { _file: file, own };
+        locked.make_reserve();
+        locked
+    }
+
+    /// Makes the reserve, if it is not there. That there is no space for it, or no way to keep space on this
+    /// filesystem, stops nobody.
+    fn make_reserve(&self) {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let reserve = match fs::openat(&self.own, RESERVE, flags, Mode::from_raw_mode(0o600)) {
+            Ok(reserve) => reserve,
+            Err(e) => return log::debug!("could not make the reserve for a full disk: {e}"),
+        };
+        if fs::fstat(&reserve).is_ok_and(|stat| stat.st_size.max(0).unsigned_abs() >= RESERVE_BYTES) {
+            return;
+        }
+        if let Err(e) = fs::fallocate(&reserve, fs::FallocateFlags::empty(), 0, RESERVE_BYTES) {
+            log::debug!("could not make the reserve for a full disk: {e}");
+            // A part of it would hold the space that is missing; whether it goes, the next one sees.
+            let _ = fs::unlinkat(&self.own, RESERVE, AtFlags::empty());
+        }
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        self.make_reserve();
     }
 }
 
@@ -577,6 +671,30 @@ mod tests {
         assert!(error.contains(&format!("regfs gc (pid {})", std::process::id())), "{error}");
         drop(guard);
         disk.lock("regfs mount", Duration::ZERO).unwrap();
+    }
+
+    #[test]
+    fn the_reserve_is_there_whenever_the_lock_is_free() {
+        let (_directory, disk) = fixture();
+        let reserve = disk.full(Path::new(".regfs/reserve"));
+        let size = || reserve.metadata().ok().map(|m| m.len());
+        let guard = disk.lock("regfs gc", Duration::ZERO).unwrap();
+        assert_eq!(size(), Some(RESERVE_BYTES));
+        // A change that meets a full disk gives it up, and is tried again; once.
+        let tries = std::cell::Cell::new(0);
+        let full = || -> Result<()> {
+            tries.set(tries.get() + 1);
+            Err(Error::io("write", &reserve, Errno::NOSPC))
+        };
+        disk.with_reserve(full).unwrap_err();
+        assert_eq!((size(), tries.take()), (None, 2));
+        disk.with_reserve(full).unwrap_err();
+        assert_eq!(tries.take(), 1, "there is none left");
+        drop(guard);
+        assert_eq!(size(), Some(RESERVE_BYTES));
+        // Other failures have nothing to do with it.
+        disk.with_reserve(|| -> Result<()> { Err(Error::io("write", &reserve, Errno::ACCESS)) }).unwrap_err();
+        assert_eq!(size(), Some(RESERVE_BYTES));
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub(crate) mod gc;
 pub(crate) mod http;
 pub(crate) mod image;
 pub(crate) mod mount;
+pub(crate) mod random;
 pub(crate) mod registry;
 pub(crate) mod run;
 pub(crate) mod store;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 use super::check::sha256;
@@ -35,7 +36,12 @@ impl Registry {
 
     /// Starts one; `cache`: with `cache.blobdescriptor: inmemory`.
     pub(crate) fn start_with(cache: bool) -> Registry {
-        let mut registry = Registry { process: None, port: 0, cache, dir: scratch() };
+        Registry::start_in(scratch(), cache)
+    }
+
+    /// Starts one that keeps everything in `dir`.
+    pub(crate) fn start_in(dir: TempDir, cache: bool) -> Registry {
+        let mut registry = Registry { process: None, port: 0, cache, dir };
         // The whole tree is there from the start, as after a first push.
         fs::create_dir_all(registry.store().join("docker/registry/v2/repositories")).unwrap();
         fs::create_dir_all(registry.store().join("docker/registry/v2/blobs")).unwrap();
@@ -140,6 +146,69 @@ impl Registry {
         self.api("GET", &format!("{name}/blobs/{digest}"), &[], &[])
     }
 
+    /// Asserts that everything it lists pulls completely, blob by blob, and that `wanted` is among that.
+    ///
+    /// What is listed: each tag of each repository. `wanted` holds `<repository>:<tag>` and `<repository>@<digest>`.
+    #[track_caller]
+    pub(crate) fn assert_serves(&self, wanted: &BTreeSet<String>, when: &str) {
+        let mut listed: BTreeSet<String> = wanted.clone();
+        for name in self.names("_catalog", "repositories") {
+            let tags = self.names(&format!("{name}/tags/list"), "tags");
+            listed.extend(tags.iter().map(|tag| format!("{name}:{tag}")));
+        }
+        let mut pulled = BTreeSet::new();
+        for reference in &listed {
+            if let Err(why) = self.pull_everything(reference, &mut pulled) {
+                panic!("{when}: {reference} does not pull: {why}");
+            }
+        }
+    }
+
+    /// The names in a list of the API; none where there is no such repository.
+    #[track_caller]
+    fn names(&self, path: &str, field: &str) -> Vec<String> {
+        let answer = self.api("GET", path, &[], &[]);
+        if answer.status == 404 {
+            return Vec::new();
+        }
+        let answer: Value = serde_json::from_slice(&answer.is(200).body).unwrap();
+        let names = answer[field].as_array().into_iter().flatten();
+        names.map(|name| name.as_str().unwrap().to_string()).collect()
+    }
+
+    /// Pulls `<repository>:<tag>` or `<repository>@<digest>` with its children, config and layers; every byte is
+    /// hashed. What is in `pulled` was pulled a moment ago.
+    fn pull_everything(&self, reference: &str, pulled: &mut BTreeSet<String>) -> Result<(), String> {
+        let (name, tag) = reference.split_once(['@', ':']).expect("a reference");
+        let wanted = reference.contains('@').then_some(tag);
+        let answer = self.manifest(name, tag);
+        if answer.status != 200 {
+            return Err(format!("the manifest: {} {}", answer.status, String::from_utf8_lossy(&answer.body)));
+        }
+        let digest = sha256(&answer.body);
+        if digest != wanted.or(answer.header("docker-content-digest")).unwrap_or_default() {
+            return Err(format!("the manifest hashes to {digest}"));
+        }
+        let manifest: Value = serde_json::from_slice(&answer.body).map_err(|e| e.to_string())?;
+        let named = |field: &str| -> Vec<String> {
+            let list = manifest[field].as_array().cloned().unwrap_or_else(|| vec![manifest[field].clone()]);
+            list.iter().filter_map(|entry| entry["digest"].as_str()).map(String::from).collect()
+        };
+        for child in named("manifests") {
+            self.pull_everything(&format!("{name}@{child}"), pulled)?;
+        }
+        for blob in [named("config"), named("layers")].concat() {
+            if !pulled.insert(format!("{name}@{blob}")) {
+                continue;
+            }
+            let answer = self.blob(name, &blob);
+            if answer.status != 200 || sha256(&answer.body) != blob {
+                return Err(format!("{blob}: {} with {} bytes", answer.status, answer.body.len()));
+            }
+        }
+        Ok(())
+    }
+
     /// Uploads one blob.
     #[track_caller]
     pub(crate) fn push_blob(&self, name: &str, content: &[u8]) -> String {
@@ -213,17 +282,7 @@ impl Registry {
     /// What its own garbage collector would delete: digests of blobs. Changes nothing.
     #[track_caller]
     pub(crate) fn stock_garbage(&self) -> BTreeSet<String> {
-        let outcome = clean("docker-registry")
-            .args(["garbage-collect", "--dry-run"])
-            .arg(self.config())
-            .outcome()
-            .exits(0);
-        let eligible =
-            outcome.stdout.lines().filter_map(|line| line.strip_prefix("blob eligible for deletion: "));
-        let blobs: BTreeSet<String> = eligible.map(|digest| digest.trim().to_string()).collect();
-        let summary = format!("{} blobs and 0 manifests eligible for deletion", blobs.len());
-        assert!(outcome.stdout.contains(&summary), "no {summary:?} in {outcome}");
-        blobs
+        stock_garbage(&self.config())
     }
 
     /// The storage below `docker/registry/v2`, but for our own `.regfs`.
@@ -242,6 +301,19 @@ impl Drop for Registry {
             let _ = process.wait();
         }
     }
+}
+
+/// What the garbage collector of the registry with this config.yml would delete: digests of blobs. Changes nothing.
+#[track_caller]
+pub(crate) fn stock_garbage(config: &Path) -> BTreeSet<String> {
+    let outcome =
+        clean("docker-registry").args(["garbage-collect", "--dry-run"]).arg(config).outcome().exits(0);
+    let eligible =
+        outcome.stdout.lines().filter_map(|line| line.strip_prefix("blob eligible for deletion: "));
+    let blobs: BTreeSet<String> = eligible.map(|digest| digest.trim().to_string()).collect();
+    let summary = format!("{} blobs and 0 manifests eligible for deletion", blobs.len());
+    assert!(outcome.stdout.contains(&summary), "no {summary:?} in {outcome}");
+    blobs
 }
 
 /// `skopeo copy` of everything, byte for byte.

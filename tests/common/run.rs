@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -17,6 +17,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 pub(crate) struct Outcome {
     line: String,
     pub(crate) code: Option<i32>,
+    /// What it was killed by.
+    pub(crate) signal: Option<i32>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
 }
@@ -36,9 +38,9 @@ impl Bounded for Command {
         let mut child =
             self.process_group(0).spawn().unwrap_or_else(|why| panic!("could not run {line}: {why}"));
         let start = Instant::now();
-        let code = loop {
+        let status = loop {
             if let Some(status) = child.try_wait().unwrap() {
-                break status.code();
+                break status;
             }
             if start.elapsed() > LIMIT {
                 let group = Pid::from_child(&child);
@@ -48,7 +50,8 @@ impl Bounded for Command {
             }
             std::thread::sleep(Duration::from_millis(3));
         };
-        Outcome { line, code, stdout: content(&mut stdout), stderr: content(&mut stderr) }
+        let (code, signal) = (status.code(), status.signal());
+        Outcome { line, code, signal, stdout: content(&mut stdout), stderr: content(&mut stderr) }
     }
 }
 
@@ -86,8 +89,8 @@ impl Outcome {
 
 impl std::fmt::Display for Outcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Outcome { line, code, stdout, stderr } = self;
-        write!(f, "{line}\nended with {code:?}\nstdout: {stdout}\nstderr: {stderr}")
+        let Outcome { line, code, signal, stdout, stderr } = self;
+        write!(f, "{line}\nended with {code:?}, signal {signal:?}\nstdout: {stdout}\nstderr: {stderr}")
     }
 }
 

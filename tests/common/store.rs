@@ -17,7 +17,12 @@ pub(crate) struct Store {
 impl Store {
     /// An empty registry.
     pub(crate) fn new() -> Store {
-        let store = Store { dir: scratch() };
+        Store::of(scratch())
+    }
+
+    /// An empty registry in `dir`.
+    pub(crate) fn of(dir: TempDir) -> Store {
+        let store = Store { dir };
         for part in ["blobs", "repositories"] {
             fs::create_dir_all(registry_dir(store.root()).join(part)).unwrap();
         }
