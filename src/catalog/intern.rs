@@ -80,7 +80,7 @@ impl Shard {
     }
 
     /// The slots to look at, in order, until a free one.
-    fn probe(&self, hash: u64) -> impl Iterator<Item = usize> {
+    fn probe(&self, hash: u64) -> impl Iterator<Item = usize> + use<> {
         let (mask, start) = (self.slots.len().wrapping_sub(1), (hash >> 32) as usize);
         (0..self.slots.len()).map(move |step| start.wrapping_add(step) & mask)
     }

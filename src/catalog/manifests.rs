@@ -97,14 +97,13 @@ impl Scan<'_> {
 
     fn manifest(&mut self, directory: &mut dyn Directory, shard: &Path, id: DigestId) -> Manifest {
         let digest = self.tables.digests.get(id);
-        let path = layout::blob_data(&digest);
-        let bytes = match directory.read(path.strip_prefix(shard).unwrap_or(&path), manifest::MAX_SIZE, false)
-        {
+        let name = layout::blob_data_in_shard(&digest);
+        let bytes = match directory.read(Path::new(&name), manifest::MAX_SIZE, false) {
             Ok(Some((bytes, _))) => bytes,
             Ok(None) => return Manifest::Missing,
             Err(e) => {
                 if !e.is_damage() {
-                    self.failed(&shard.join(name), &e, Effect::StopsSweep);
+                    self.failed(&shard.join(&name), &e, Effect::StopsSweep);
                 }
                 return Manifest::Damaged { reason: e.to_string() };
             }
