@@ -85,6 +85,19 @@ impl Shard {
         (0..self.slots.len()).map(move |step| start.wrapping_add(step) & mask)
     }
 
+    /// The slot where a look for `hash` begins; 0 is none.
+    fn first_slot(&self, hash: u64) -> u32 {
+        self.probe(hash).next().map_or(0, |at| self.slots[at])
+    }
+
+    /// A byte of the digest that `slot` leads to.
+    fn first_byte(&self, slot: u32) -> u8 {
+        match slot & PLACE {
+            0 => 0,
+            place => self.packed[place as usize - 1][0],
+        }
+    }
+
     fn find(&self, hash: u64, digest: &Digest) -> Option<u32> {
         for at in self.probe(hash) {
             let slot = self.slots[at];
@@ -164,6 +177,26 @@ impl Digests {
         let mut table = self.shards[shard].write().unwrap_or_else(PoisonError::into_inner);
         let found = table.find(hash, digest);
         Digests::id(shard, found.unwrap_or_else(|| table.add(hash, digest, |d| self.hash(d))))
+    }
+
+    /// The numbers of many digests, most of which are known.
+    ///
+    /// Quicker than one after the other: the memory that each look needs is asked for before any of it is waited for.
+    pub fn intern_all(&self, digests: &[Digest]) -> Vec<DigestId> {
+        let found: Vec<Option<DigestId>> = {
+            let shards: [RwLockReadGuard<'_, Shard>; SHARDS] = std::array::from_fn(|shard| self.read(shard));
+            let looks = digests.iter().map(|d| (self.hash(d), Digests::shard_of(d)));
+            let looks: Vec<(u64, usize, u32)> =
+                looks.map(|(hash, shard)| (hash, shard, shards[shard].first_slot(hash))).collect();
+            let touched: u8 =
+                looks.iter().fold(0, |sum, (_, shard, slot)| sum ^ shards[*shard].first_byte(*slot));
+            std::hint::black_box(touched);
+            let find = |(digest, (hash, shard, _)): (&Digest, &(u64, usize, u32))| {
+                shards[*shard].find(*hash, digest).map(|place| Digests::id(*shard, place))
+            };
+            digests.iter().zip(&looks).map(find).collect()
+        };
+        digests.iter().zip(found).map(|(digest, id)| id.unwrap_or_else(|| self.intern(digest))).collect()
     }
 
     /// The number of `digest` if it has one.
@@ -303,6 +336,8 @@ mod tests {
                 }
                 assert_eq!(digests.get(id), digest);
                 assert_eq!(digests.checked(id), Some(digest));
+                let other = Digest::of(algorithm, b"another");
+                assert_eq!(digests.intern_all(&[digest, other, digest])[0], id);
                 let name = OsString::from(format!("name {n}"));
                 assert_eq!(names.intern(&name), NameId(n));
                 assert_eq!(&*names.get(NameId(n)), name);

@@ -556,13 +556,15 @@ impl<'a> Scan<'a> {
     /// Layer links under sha256, nearly all there are: only their names are looked at.
     fn usual_layers(&mut self, repository: &mut Repository, path: &Path, effect: Effect) {
         let mut strange: Vec<(OsString, Kind)> = Vec::new();
+        let mut digests: Vec<Digest> = Vec::new();
         let listed = self.store.list_each(path, &mut |name, kind| {
             let digest = name.to_str().and_then(|hex| Digest::from_parts(Algorithm::Sha256.name(), hex));
             match digest.filter(|_| kind == Kind::Directory) {
-                Some(digest) => repository.layers.push(self.tables.digests.intern(&digest)),
+                Some(digest) => digests.push(digest),
                 None => strange.push((name.to_os_string(), kind)),
             }
         });
+        repository.layers.extend(self.tables.digests.intern_all(&digests));
         if let Err(e) = listed {
             self.failed(path, &e, effect.clone());
         }
