@@ -141,6 +141,16 @@ pub fn upload_hash_state(repository: &Path, upload: &OsStr, algorithm: Algorithm
     upload_dir(repository, upload).join("hashstates").join(algorithm.name()).join(offset.to_string())
 }
 
+/// Whether a file of an upload, by its path below the upload's directory, is one that a registry writes.
+pub fn is_of_upload(inside: &Path) -> bool {
+    match inside.components().next() {
+        Some(Component::Normal(first)) => {
+            [DATA, "startedat", "hashstates"].iter().any(|own| first == *own) || is_unfinished(first)
+        }
+        _ => false,
+    }
+}
+
 /// Signatures of an old schema 1 manifest: `…/revisions/<alg>/<hex>/signatures/<alg>`.
 pub fn signatures(repository: &Path, digest: &Digest, algorithm: Algorithm) -> PathBuf {
     revisions(repository)

@@ -216,7 +216,8 @@ impl Search<'_> {
         let upload_name = self.catalog.name(upload);
         let path = layout::upload_dir(&repository.name, &upload_name);
         let Some(tree) = self.tree(&path)? else { return Ok(()) };
-        if tree.has_strangers {
+        let is_own = |file: &PathBuf| file.strip_prefix(&path).is_ok_and(layout::is_of_upload);
+        if tree.has_strangers || !tree.files.iter().all(is_own) {
             return Ok(());
         }
         if tree.files.is_empty() {

@@ -63,7 +63,15 @@ pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
     let mut undone = Undone::default();
     let mut moves: BTreeMap<(u8, PathBuf), &Contents> = BTreeMap::new();
     for unit in own.units() {
-        if matches!(layout::classify(unit), Kind::Tag(..)) && store.list(unit)?.is_some() {
+        if let Kind::Tag(repository, tag) = layout::classify(unit)
+            && store.list(unit)?.is_some()
+        {
+            let link = layout::tag_link(&repository, &tag);
+            // A sweep that repairs takes the link alone, of which nobody needs to know what it said.
+            if own.is_swept() && is_broken(store, &own.path_of(&link))? {
+                undone.present.push(link);
+                continue;
+            }
             return Err(Error::Exists { path: store.full(unit) });
         }
         if own.is_swept() && lacks_its_tag(store, unit)? {
@@ -112,6 +120,14 @@ pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
         transaction.discard_if_empty(store)?;
     }
     Ok(undone)
+}
+
+fn is_broken(store: &dyn Store, link: &Path) -> Result<bool> {
+    match store.read(link, layout::LINK_LIMIT) {
+        Ok(content) => Ok(content.is_none_or(|(text, _)| layout::parse_link(&text).is_err())),
+        Err(e) if e.is_damage() => Ok(true),
+        Err(e) => Err(e),
+    }
 }
 
 /// Whether `path` is part of a tag that is not in the store; what moves as a whole tag is none.
