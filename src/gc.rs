@@ -140,7 +140,7 @@ pub fn run(
 
     progress.phase("re-check", 0);
     let catalog = judged(scan_strictly(store, tables, Some(&catalog))?, options);
-    let plan = plan.confirmed_by(Plan::new(store, &catalog, &policy)?);
+    let plan = plan.confirmed(store, &catalog, &policy)?;
     if progress.is_stopped() {
         return Err(Error::Busy { why: "stopped before the first change".to_string() });
     }

@@ -2,7 +2,7 @@
 //!
 //! [`Store`] is what regfs needs of a storage, and no more than an object store can give: list one level
 //! below a prefix, read, write, remove many, move. Nothing above this module relies on directories existing
-//! without files in them, or on the times of directories.
+//! without files in them, or on the times of directories; the search for empty ones finds none where there are none.
 //!
 //! All paths are relative to the registry directory (see [`crate::layout`]). Implementations never follow a
 //! symlink below it. [`disk::Disk`] is a local filesystem; [`memory::Memory`] keeps everything in a flat map of

@@ -17,7 +17,8 @@
 //!
 //! # Cost
 //! The quick search looks only at what the catalog shows as odd; nothing is asked for a blob or a link that is kept.
-//! The thorough one lists every directory of a blob, a link, a tag.
+//! The thorough one lists every directory of a blob, a link, a tag; once, for a second look asks only about what the
+//! first one found.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -25,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::mark::Mark;
-use super::plan::{Candidate, Going, Item, Plan, Policy, Reason, What};
+use super::plan::{Candidate, Going, Item, Policy, Reason, What};
 use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Catalog, Keeps, Repository};
 use crate::digest::{Algorithm, Digest};
@@ -34,28 +35,52 @@ use crate::error::Result;
 use crate::layout;
 use crate::store::{Entry, Kind, Stat, Store};
 
-/// Adds the leftovers to `plan`, which holds what the mark decided.
+/// What a search knows.
+#[derive(Clone, Copy)]
+pub(super) struct Facts<'a> {
+    pub(super) store: &'a dyn Store,
+    pub(super) catalog: &'a Catalog,
+    pub(super) policy: &'a Policy,
+    pub(super) going: &'a Going,
+    pub(super) mark: &'a Mark,
+}
+
+/// Finds the leftovers; `planned` is what the mark decided.
+///
+/// A second look gives what the `first` one found: it searches quickly, and looks at the rest of that one by one.
 pub(super) fn search(
-    store: &dyn Store,
-    catalog: &Catalog,
-    policy: &Policy,
-    going: &Going,
-    mark: &Mark,
+    facts: &Facts<'_>,
     candidates: &[Candidate],
-    plan: &mut Plan,
-) -> Result<()> {
+    planned: &[Item],
+    first: Option<&[Item]>,
+) -> Result<Vec<Item>> {
+    let Facts { store, catalog, policy, going, mark } = *facts;
     let known: IdSet = candidates.iter().map(|c| c.digest).collect();
     let linked = candidates.iter().flat_map(|c| &c.links).copied().collect();
-    let mut search = Search { store, catalog, policy, going, known, linked, items: Vec::new() };
+    let is_thorough = policy.is_thorough() && first.is_none();
+    let mut search = Search { store, catalog, policy, going, known, linked, is_thorough, items: Vec::new() };
+    for item in first.unwrap_or_default() {
+        if search.is_still(item)? {
+            search.items.push(item.clone());
+        }
+    }
+    // Bare repositories ask what goes of theirs.
+    let mut going_files: HashSet<PathBuf> = search.items.iter().map(|i| i.path(&catalog.tables)).collect();
+    let links = planned.iter().filter(|item| matches!(item.what, What::LayerLink(..)));
+    going_files.extend(links.map(|item| item.path(&catalog.tables)));
     for repository in catalog.repositories.values().filter(|r| policy.includes(&r.name)) {
-        search.repository(repository, &plan.items)?;
+        search.repository(repository, &going_files)?;
     }
     search.namespaces()?;
     if policy.options.repositories.is_none() {
         search.blobs(mark)?;
     }
-    plan.items.append(&mut search.items);
-    Ok(())
+    let mut items = search.items;
+    if first.is_some() {
+        let mut seen = HashSet::new();
+        items.retain(|item| seen.insert(item.what.clone()));
+    }
+    Ok(items)
 }
 
 /// What the manifests and tags of a repository lead to when `going` are gone, under all the digests it is known by.
@@ -94,6 +119,7 @@ struct Search<'a> {
     known: IdSet,
     /// The links to those.
     linked: HashSet<(NameId, DigestId)>,
+    is_thorough: bool,
     items: Vec<Item>,
 }
 
@@ -102,14 +128,41 @@ impl Search<'_> {
         self.items.push(Item { what, bytes, reason });
     }
 
-    fn repository(&mut self, repository: &Repository, planned: &[Item]) -> Result<()> {
+    /// Whether a leftover that only a thorough search finds is one now; others are found again.
+    fn is_still(&self, item: &Item) -> Result<bool> {
+        let is_old = |stat: Stat| !self.policy.is_young(last_use(&stat));
+        let file = || unless_misplaced(self.store.stat(&item.path(&self.catalog.tables)));
+        Ok(match &item.what {
+            What::Unfinished(_) => file()?.is_some_and(is_old),
+            What::TagHistory(name, tag, id) => {
+                let name = self.catalog.name(*name);
+                let name = Path::new(&*name);
+                let repository = self.catalog.repository(name).filter(|r| r.keeps != Keeps::Everything);
+                let is_past = repository.is_some_and(|repository| {
+                    let going = self.going.revisions_of(name);
+                    let target = repository.tag(*tag).and_then(|tag| tag.target);
+                    let is_gone = repository.revision(*id).is_none() || going.contains(id);
+                    is_gone && target.is_some_and(|target| target != *id)
+                });
+                is_past && file()?.is_some_and(is_old)
+            }
+            What::Directory(path) => {
+                let is_empty = self.list(path)?.is_some_and(|entries| entries.is_empty());
+                let changed = unless_misplaced(self.store.directory_changed(path))?;
+                is_empty && changed.is_some_and(|changed| !self.policy.is_young(changed))
+            }
+            _ => false,
+        })
+    }
+
+    fn repository(&mut self, repository: &Repository, going_files: &HashSet<PathBuf>) -> Result<()> {
         let name = self.catalog.tables.names.intern(repository.name.as_os_str());
         let first = self.items.len();
         let named = named_in(self.catalog, repository, self.going.revisions_of(&repository.name));
         if repository.keeps != Keeps::Everything {
             self.layer_links(repository, name, &named)?;
         }
-        if self.policy.is_thorough() && repository.keeps != Keeps::Everything {
+        if self.is_thorough && repository.keeps != Keeps::Everything {
             self.revisions(repository)?;
             self.tags(repository, name)?;
         }
@@ -123,7 +176,7 @@ impl Search<'_> {
             && repository.held.is_empty()
             && repository.keeps == Keeps::Named;
         if is_bare && !has_young_upload {
-            self.bare_repository(repository, name, first, planned)?;
+            self.bare_repository(repository, name, first, going_files)?;
         }
         Ok(())
     }
@@ -138,7 +191,7 @@ impl Search<'_> {
         for layer in repository.layers.iter().copied() {
             let path = layout::layer_link(&repository.name, &catalog.digest(layer));
             if named.contains(&layer) {
-                if self.policy.is_thorough() {
+                if self.is_thorough {
                     self.leaf(&path, IfEmpty::Stays)?;
                 }
                 continue;
@@ -159,7 +212,7 @@ impl Search<'_> {
             }
             self.leaf(&path, IfEmpty::Goes)?;
         }
-        if self.policy.is_thorough() {
+        if self.is_thorough {
             self.algorithms(&layout::layers(&repository.name))?;
         }
         Ok(())
@@ -247,15 +300,16 @@ impl Search<'_> {
         repository: &Repository,
         name: NameId,
         first: usize,
-        planned: &[Item],
+        going_files: &HashSet<PathBuf>,
     ) -> Result<()> {
-        let tables = &self.catalog.tables;
-        let own = planned.iter().filter(|item| item.repository() == Some(name)).chain(&self.items[first..]);
-        let going: HashSet<PathBuf> = own.map(|item| item.path(tables)).collect();
+        let own = self.items[first..].iter().map(|item| item.path(&self.catalog.tables));
+        let own: HashSet<PathBuf> = own.collect();
         let place = layout::repository(&repository.name);
         for part in [layout::MANIFESTS, layout::LAYERS, layout::UPLOADS] {
             let Some(tree) = self.tree(&place.join(part))? else { continue };
-            let goes = |file: &PathBuf| file.ancestors().any(|above| going.contains(above));
+            let goes = |file: &PathBuf| {
+                file.ancestors().any(|above| own.contains(above) || going_files.contains(above))
+            };
             let is_left = tree.has_strangers || !tree.files.iter().all(goes);
             // The removal of the last file makes its directory young.
             let is_young = !self.policy.is_eager()
@@ -297,11 +351,11 @@ impl Search<'_> {
         let catalog = self.catalog;
         for id in catalog.blobs.iter().copied() {
             let may_be_bare = !mark.is_reachable(id) && !self.known.contains(id);
-            if may_be_bare || self.policy.is_thorough() {
+            if may_be_bare || self.is_thorough {
                 self.leaf(&layout::blob_data(&catalog.digest(id)), IfEmpty::Goes)?;
             }
         }
-        if !self.policy.is_thorough() {
+        if !self.is_thorough {
             return Ok(());
         }
         let root = Path::new(layout::BLOBS);

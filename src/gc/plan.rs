@@ -132,7 +132,7 @@ impl ItemKind {
 }
 
 /// Which thing; its path is made when it is asked for, there may be millions.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum What {
     /// Repository and name of a tag, and what it points at.
     Tag(NameId, NameId, DigestId),
@@ -338,6 +338,20 @@ impl Going {
 impl Plan {
     /// Marks `catalog` and decides.
     pub fn new(store: &dyn Store, catalog: &Catalog, policy: &Policy) -> Result<Plan> {
+        Plan::look(store, catalog, policy, None)
+    }
+
+    /// What a second look decides, as far as this one did, too. What took a search of every directory to find is looked
+    /// at one by one.
+    pub fn confirmed(&self, store: &dyn Store, catalog: &Catalog, policy: &Policy) -> Result<Plan> {
+        let mut second = Plan::look(store, catalog, policy, Some(self))?;
+        let first: BTreeSet<&What> = self.items.iter().map(|i| &i.what).collect();
+        second.items.retain(|item| first.contains(&item.what));
+        second.repairs.retain(|repair| self.repairs.contains(repair));
+        Ok(second)
+    }
+
+    fn look(store: &dyn Store, catalog: &Catalog, policy: &Policy, first: Option<&Plan>) -> Result<Plan> {
         let going = Going::of(catalog, policy);
         let mark = mark::mark(catalog, &going.revisions);
         let (candidates, problems) = candidates(store, catalog, &mark)?;
@@ -345,19 +359,13 @@ impl Plan {
         plan.is_thorough = policy.is_thorough();
         plan.is_eager = policy.is_eager();
         if plan.is_thorough {
-            plan.repairs = repair::search(store, catalog, policy, &going)?;
+            plan.repairs = repair::search(store, catalog, policy, &going, first.map(|p| &*p.repairs))?;
         }
-        leftovers::search(store, catalog, policy, &going, &mark, &candidates, &mut plan)?;
+        let facts = leftovers::Facts { store, catalog, policy, going: &going, mark: &mark };
+        let found = leftovers::search(&facts, &candidates, &plan.items, first.map(|p| &*p.items))?;
+        plan.items.extend(found);
         plan.items.sort_by_key(Item::kind);
         Ok(plan)
-    }
-
-    /// What a second look decided, as far as this one did, too.
-    pub fn confirmed_by(&self, mut second: Plan) -> Plan {
-        let first: BTreeSet<&What> = self.items.iter().map(|i| &i.what).collect();
-        second.items.retain(|item| first.contains(&item.what));
-        second.repairs.retain(|repair| self.repairs.contains(repair));
-        second
     }
 
     /// Bytes of what is to be taken.

@@ -72,18 +72,29 @@ impl Repair {
 }
 
 /// Finds what can be made whole, in the repositories that `policy` includes.
+///
+/// A second look gives what the `first` one found: there are too many layer links to read them twice, and making one
+/// looks at it again.
 pub(super) fn search(
     store: &dyn Store,
     catalog: &Catalog,
     policy: &Policy,
     going: &Going,
+    first: Option<&[Repair]>,
 ) -> Result<Vec<Repair>> {
     let mut search = Search { store, catalog, policy, repairs: Vec::new() };
     for repository in catalog.repositories.values().filter(|r| r.is_valid && policy.includes(&r.name)) {
         let going = going.revisions_of(&repository.name);
         search.revisions(repository, going)?;
         search.tags(repository)?;
-        search.layer_links(repository, going)?;
+        match first {
+            None => search.layer_links(repository, going)?,
+            Some(first) => {
+                let (root, all) = (layout::layers(&repository.name), !repository.revisions.is_empty());
+                let known = first.iter().filter(|repair| all && repair.path.starts_with(&root));
+                search.repairs.extend(known.cloned());
+            }
+        }
     }
     Ok(search.repairs)
 }
