@@ -391,3 +391,44 @@ fn a_dry_run_asks_nothing_about_what_is_kept() {
     }
     assert!(calls.iter().any(|call| call.path == blob_path(&garbage)));
 }
+
+#[test]
+fn on_a_disk_a_repair_writes_what_a_registry_would_have_written() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let store = common::store::Store::new();
+    let image = image("broken");
+    let digest = store.push("app", Some("1"), &image);
+    let index = Image::index(&[("amd64", &image)]);
+    store.push("list", Some("1"), &index);
+    // Of an index and its child, the child's links are enough; here not even these are left.
+    let bare = Image::index(&[]);
+    store.push("bare", Some("1"), &bare);
+    std::fs::remove_dir(store.repository("bare", "_layers")).unwrap();
+    std::fs::remove_dir_all(store.repository("list", "_layers")).unwrap();
+    let revision = store.revision_link("app", &digest);
+    std::fs::write(&revision, "").unwrap();
+    std::fs::set_permissions(revision.parent().unwrap(), PermissionsExt::from_mode(0o2750)).unwrap();
+    let owner = if common::is_root() { 1234 } else { std::fs::metadata(&revision).unwrap().uid() };
+    if common::is_root() {
+        common::chown_all(store.root(), owner, owner);
+        // A change of the owner takes these bits away.
+        std::fs::set_permissions(revision.parent().unwrap(), PermissionsExt::from_mode(0o2750)).unwrap();
+    }
+    let report = common::gc::gc(store.root(), &["--repair", "--grace", "0"]);
+    assert_eq!(report.failures.len(), 0, "{report:?}");
+    let meta = std::fs::metadata(&revision).unwrap();
+    assert_eq!((meta.len(), meta.mode() & 0o7777, meta.uid()), (71, 0o640, owner));
+    assert_eq!(std::fs::read(&revision).unwrap(), digest.as_bytes());
+    for blob in &image.blobs {
+        let link = store.layer_link("list", &sha256(blob));
+        assert_eq!(std::fs::read(&link).unwrap(), sha256(blob).as_bytes());
+        let (file, directory) = (link.metadata().unwrap(), link.parent().unwrap().metadata().unwrap());
+        assert_eq!((file.uid(), directory.uid()), (owner, owner));
+        assert_eq!(file.mode() & 0o777, directory.mode() & 0o666);
+    }
+    assert_eq!(store.repository("bare", "_layers").metadata().unwrap().uid(), owner);
+    let mut own = common::names(&store.path(".regfs"));
+    own.sort();
+    assert_eq!(own, ["lock", "trash"]);
+    assert_eq!(common::gc::gc(store.root(), &["--repair", "--grace", "0"]).taken.len(), 0);
+}
