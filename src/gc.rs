@@ -7,13 +7,17 @@
 //! 2. Every decision is in the [`plan::Plan`], a value; a dry run prints it, a sweep executes the same.
 //! 3. Before anything is taken the store is looked at again, and what is no longer garbage is left; after it once
 //!    more, and what a push relies on by then is given back before anything is purged.
-//! 4. Taking is moving to the trash, in the order revision → layer link → blob with a sync between the steps,
-//!    so that the registry is valid at every instant. Only a purge removes bytes.
+//! 4. Taking is moving to the trash, in the order tag → revision → layer link → blob with a sync between the steps,
+//!    so that the registry is valid at every instant; then the rest of the leftovers. Only a purge removes bytes; a
+//!    sweep itself removes nothing but directories with nothing in them.
 //! 5. What a manifest names again is given back before anything else ([`guard`]).
 
 pub mod guard;
+pub mod leftovers;
 pub mod mark;
+mod orphans;
 pub mod plan;
+pub mod repair;
 pub mod report;
 pub mod sweep;
 
@@ -23,7 +27,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::catalog::cache::{self, Place};
 use crate::catalog::scan::{Depth, scan_once, scan_strictly};
-use crate::catalog::{Catalog, Tables};
+use crate::catalog::{Catalog, Effect, Keeps, Tables};
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::trash::purge::Purged;
@@ -39,6 +43,20 @@ pub struct Options {
     pub dry_run: bool,
     /// Collect revisions that no tag leads to, too.
     pub untagged: bool,
+    /// Only those pushed longer ago than this; the grace period counts as well.
+    pub untagged_for: Duration,
+    /// Collect in the repositories whose names match, and leave the others as they are; `None` is all.
+    pub repositories: Option<glob::Pattern>,
+    /// Uploads that began longer ago than this are stale.
+    pub uploads: Duration,
+    /// Collect signatures and the like whose image is gone.
+    pub orphans: bool,
+    /// Make whole what is broken, as far as its place tells what belongs there.
+    pub repair: bool,
+    /// Look into every directory in a dry run, too; a sweep always does.
+    pub thorough: bool,
+    /// Damage no longer keeps what it might hold: only what can be read counts.
+    pub ignore_damaged: bool,
     /// What was used more recently than this is left.
     pub grace: Duration,
     /// How long the trash keeps what was taken.
@@ -56,12 +74,21 @@ pub struct Options {
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(24 * 3600);
 /// How long the trash keeps things, unless told otherwise.
 pub const DEFAULT_KEEP: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How old an upload must be to count as stale, unless told otherwise; the registry's own purging says the same.
+pub const DEFAULT_UPLOADS: Duration = Duration::from_secs(7 * 24 * 3600);
 
 impl Default for Options {
     fn default() -> Options {
         Options {
             dry_run: false,
             untagged: false,
+            untagged_for: Duration::ZERO,
+            repositories: None,
+            uploads: DEFAULT_UPLOADS,
+            orphans: false,
+            repair: false,
+            thorough: false,
+            ignore_damaged: false,
             grace: DEFAULT_GRACE,
             keep: DEFAULT_KEEP,
             now: false,
@@ -109,24 +136,23 @@ pub fn run(
 ) -> Result<Report> {
     let known = options.cache.as_ref().map(|place| cache::load(store, place, tables));
     let tables = &Tables { known: known.map_or_else(|| tables.known.clone(), Arc::new), ..tables.clone() };
-    let policy = Policy { untagged: options.untagged, grace: options.grace, now: SystemTime::now() };
+    let policy = Policy::new(options, SystemTime::now());
     if options.dry_run {
         progress.phase("mark", 0);
-        let depth = Depth { tags: !options.quick || options.untagged, times: options.untagged };
-        let catalog = scan_once(store, tables, depth)?;
+        let catalog = judged(scan_once(store, tables, depth(options))?, options);
         save_cache(store, options, &catalog);
         let plan = Plan::new(store, &catalog, &policy)?;
         return Ok(Report::new(Mode::DryRun, options, &catalog, &plan));
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("mark", 0);
-    let (catalog, restored) = give_back(store, tables)?;
+    let (catalog, restored) = give_back(store, tables, options)?;
     save_cache(store, options, &catalog);
     let plan = Plan::new(store, &catalog, &policy)?;
 
     progress.phase("re-check", 0);
-    let catalog = scan_strictly(store, tables, Some(&catalog))?;
-    let plan = plan.confirmed_by(Plan::new(store, &catalog, &policy)?);
+    let catalog = judged(scan_strictly(store, tables, Some(&catalog))?, options);
+    let plan = plan.confirmed(store, &catalog, &policy)?;
     if progress.is_stopped() {
         return Err(Error::Busy { why: "stopped before the first change".to_string() });
     }
@@ -141,6 +167,12 @@ pub fn run(
         report.failures.push(e.to_string());
     }
     Ok(report)
+}
+
+/// What a dry run has to look at.
+fn depth(options: &Options) -> Depth {
+    let judges_tags = options.untagged || options.orphans || options.thorough;
+    Depth { tags: judges_tags || !options.quick, times: judges_tags }
 }
 
 /// Keeps what was parsed; a cache that can't be written costs the next run some time, and nothing else.
@@ -165,14 +197,32 @@ pub fn purge_trash(
     selection: &Selection,
 ) -> Result<Purged> {
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
-    give_back(store, tables)?;
+    give_back(store, tables, &Options::default())?;
     trash::purge::purge(store, &selection.of(store, SystemTime::now())?)
 }
 
 /// Looks at the store and gives back what is in use again; the catalog afterwards, and what came back.
-fn give_back(store: &dyn Store, tables: &Tables) -> Result<(Catalog, Vec<PathBuf>)> {
-    let look = |previous: &Catalog| scan_strictly(store, tables, Some(previous));
-    guard::give_back(store, scan_strictly(store, tables, None)?, &look)
+fn give_back(store: &dyn Store, tables: &Tables, options: &Options) -> Result<(Catalog, Vec<PathBuf>)> {
+    let look = |previous: Option<&Catalog>| Ok(judged(scan_strictly(store, tables, previous)?, options));
+    guard::give_back(store, look(None)?, &|previous| look(Some(previous)))
+}
+
+/// The catalog as the caller wants it judged: with `ignore_damaged` no damage keeps what it might hold.
+///
+/// What can't be read at all has ended the run before; repositories whose names no registry gives stay as they are.
+fn judged(mut catalog: Catalog, options: &Options) -> Catalog {
+    if !options.ignore_damaged {
+        return catalog;
+    }
+    for repository in catalog.repositories.values_mut().filter(|r| r.is_valid && r.keeps != Keeps::Named) {
+        Arc::make_mut(repository).keeps = Keeps::Named;
+    }
+    for problem in &mut catalog.problems {
+        if matches!(problem.effect, Effect::KeepsEverything(_) | Effect::KeepsRevisions(_)) {
+            problem.effect = Effect::KeepsNamed;
+        }
+    }
+    catalog
 }
 
 /// Gives back what a push relies on that came meanwhile, then purges what the trash has kept long enough and, with
@@ -185,7 +235,7 @@ fn finish(
     progress: &dyn Progress,
     report: &mut Report,
 ) -> Result<()> {
-    report.set_restored(&give_back(store, tables)?.1);
+    report.set_restored(&give_back(store, tables, options)?.1);
     if progress.is_stopped() {
         return Ok(());
     }

@@ -38,6 +38,8 @@ pub const OWN: &str = ".regfs";
 pub const LOCK: &str = ".regfs/lock";
 /// The parse cache.
 pub const CACHE: &str = ".regfs/cache";
+/// A file in [`OWN`] that is being written, before it moves to its place.
+pub const NEW_FILE: &str = ".regfs/new.tmp";
 /// Transactions.
 pub const TRASH: &str = ".regfs/trash";
 /// The description of a transaction, inside it.
@@ -140,6 +142,11 @@ pub fn tag_history_link(repository: &Path, tag: &OsStr, digest: &Digest) -> Path
     tag_dir(repository, tag).join("index").join(digest.algorithm().name()).join(digest.hex()).join(LINK)
 }
 
+/// `…/_manifests/tags/<tag>/index`: by algorithm and digest what the tag has pointed at.
+pub fn tag_history(repository: &Path, tag: &OsStr) -> PathBuf {
+    tag_dir(repository, tag).join("index")
+}
+
 /// `…/_uploads`.
 pub fn uploads(repository: &Path) -> PathBuf {
     self::repository(repository).join(UPLOADS)
@@ -165,6 +172,16 @@ pub fn upload_hash_state(repository: &Path, upload: &OsStr, algorithm: Algorithm
     upload_dir(repository, upload).join("hashstates").join(algorithm.name()).join(offset.to_string())
 }
 
+/// Whether a file of an upload, by its path below the upload's directory, is one that a registry writes.
+pub fn is_of_upload(inside: &Path) -> bool {
+    match inside.components().next() {
+        Some(Component::Normal(first)) => {
+            [DATA, "startedat", "hashstates"].iter().any(|own| first == *own) || is_unfinished(first)
+        }
+        _ => false,
+    }
+}
+
 /// Signatures of an old schema 1 manifest: `…/revisions/<alg>/<hex>/signatures/<alg>`.
 pub fn signatures(repository: &Path, digest: &Digest, algorithm: Algorithm) -> PathBuf {
     revisions(repository)
@@ -177,6 +194,23 @@ pub fn signatures(repository: &Path, digest: &Digest, algorithm: Algorithm) -> P
 /// `.regfs/trash/<id>`.
 pub fn transaction(id: &str) -> PathBuf {
     Path::new(TRASH).join(id)
+}
+
+/// Whether a path is that of a link file.
+pub fn is_link(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name == LINK)
+}
+
+/// Whether a file in the directory of a link or a blob is what a writer that crashed has left:
+/// `link.<uuid>.tmp`, `data.<uuid>.tmp`. Registries from 3.1 on write such and rename them.
+pub fn is_unfinished(name: &OsStr) -> bool {
+    let is_uuid = |text: &str| {
+        let lengths = text.split('-').map(str::len);
+        lengths.eq([8, 4, 4, 4, 12]) && text.bytes().all(|b| b == b'-' || b.is_ascii_hexdigit())
+    };
+    let parts =
+        name.to_str().and_then(|name| name.strip_suffix(".tmp")).and_then(|name| name.split_once('.'));
+    parts.is_some_and(|(stem, uuid)| matches!(stem, LINK | DATA | "startedat") && is_uuid(uuid))
 }
 
 /// Parses the content of a link file: exactly one digest, nothing else.
@@ -321,6 +355,24 @@ mod tests {
         ];
         for (path, kind) in cases {
             assert_eq!(classify(&path), kind, "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn only_what_a_registry_writes_is_unfinished() {
+        let uuid = "0b4e8a4e-5d1f-4b7a-9d39-0d5a3f1c2b6e";
+        for name in ["link", "data", "startedat"] {
+            assert!(is_unfinished(OsStr::new(&format!("{name}.{uuid}.tmp"))), "{name}");
+        }
+        let foreign = [
+            "link".to_string(),
+            "link.tmp".into(),
+            format!("other.{uuid}.tmp"),
+            format!("link.{uuid}"),
+            format!("link.{}.tmp", &uuid[1..]),
+        ];
+        for name in foreign {
+            assert!(!is_unfinished(OsStr::new(&name)), "{name}");
         }
     }
 

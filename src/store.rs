@@ -2,7 +2,7 @@
 //!
 //! [`Store`] is what regfs needs of a storage, and no more than an object store can give: list one level
 //! below a prefix, read, write, remove many, move. Nothing above this module relies on directories existing
-//! without files in them, or on the times of directories.
+//! without files in them, or on the times of directories; the search for empty ones finds none where there are none.
 //!
 //! All paths are relative to the registry directory (see [`crate::layout`]). Implementations never follow a
 //! symlink below it. [`disk::Disk`] is a local filesystem; [`memory::Memory`] keeps everything in a flat map of
@@ -74,9 +74,10 @@ impl Version {
         SystemTime::UNIX_EPOCH + Duration::from_nanos(self.modified.unsigned_abs())
     }
 
-    /// Last change of anything.
-    pub fn last_change(&self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.modified.max(self.changed).unsigned_abs())
+    /// Last change of anything; `None` when it is unknown.
+    pub fn last_change(&self) -> Option<SystemTime> {
+        let since_epoch = Duration::from_nanos(self.modified.max(self.changed).unsigned_abs());
+        (*self != Version::UNKNOWN).then(|| SystemTime::UNIX_EPOCH + since_epoch)
     }
 }
 
@@ -193,6 +194,25 @@ pub trait Store: Send + Sync {
 
     /// Removes empty directories at and below `prefix`, bottom up. Nothing to do where a storage has none.
     fn prune(&self, prefix: &Path) -> Result<()>;
+
+    /// When something was last added to a directory or removed from it; `None` where there is no such directory, or
+    /// the storage has none.
+    fn directory_changed(&self, path: &Path) -> Result<Option<SystemTime>>;
+
+    /// Removes a directory if it is empty. `Ok(false)`: it is not, or there is none.
+    fn remove_directory(&self, path: &Path) -> Result<bool>;
+
+    /// Makes a directory, and those above it, each with owner and mode of the one above.
+    fn make_directory(&self, path: &Path) -> Result<()>;
+
+    /// Writes a file that is not there yet, at once or not at all, with the owner of the directory it lies in and its
+    /// mode but for the right to search; directories as [`Store::make_directory`] does. [`Error::Exists`] otherwise.
+    fn create(&self, path: &Path, content: &[u8]) -> Result<()>;
+
+    /// Writes a file in place of the one at `path`, at once or not at all, and moves that to `saved`.
+    ///
+    /// A crash in between may lose the old one; it never leaves `path` without either.
+    fn replace(&self, path: &Path, content: &[u8], saved: &Path) -> Result<()>;
 
     /// Makes everything done so far durable.
     fn sync(&self) -> Result<()>;

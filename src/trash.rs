@@ -62,6 +62,8 @@ pub struct Record {
     pub reason: String,
 }
 
+/// What a transaction of a collection is called.
+pub const SWEEP: &str = "sweep";
 /// What a crash or a full disk may leave of a description.
 const UNWRITTEN: &str = "txn.json.tmp";
 /// Longest description in bytes.
@@ -148,9 +150,23 @@ pub struct Contents {
 impl Contents {
     /// What moves as one: the directory of a tag, otherwise each file by itself.
     pub fn units(&self) -> Vec<&Path> {
-        let mut units: Vec<&Path> = self.files.iter().map(|path| unit_of(path)).collect();
+        let mut units: Vec<&Path> = self.files.iter().map(|path| self.unit_of(path)).collect();
         units.dedup();
         units
+    }
+
+    /// The part of `path` that moves as one. Of a tag that stayed only parts may have been taken.
+    fn unit_of<'a>(&self, path: &'a Path) -> &'a Path {
+        let is_tag = |above: &&Path| match layout::classify(above) {
+            Kind::Tag(repository, tag) => self.holds(&layout::tag_link(&repository, &tag)),
+            _ => false,
+        };
+        path.ancestors().find(is_tag).unwrap_or(path)
+    }
+
+    /// Whether a sweep took it: its name says so.
+    pub fn is_swept(&self) -> bool {
+        self.id.split('-').any(|part| part == SWEEP)
     }
 
     /// Whether the file at `path` was taken by it.
@@ -197,11 +213,6 @@ impl Contents {
         }
         Ok(bytes)
     }
-}
-
-/// The part of `path` that moves as one.
-fn unit_of(path: &Path) -> &Path {
-    path.ancestors().find(|a| matches!(layout::classify(a), Kind::Tag(..))).unwrap_or(path)
 }
 
 /// Where a path stands in the order in which things come back; taking goes the other way.

@@ -19,7 +19,7 @@ use common::image::{Image, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, bytes, descripto
 use memory::faulty::{Call, Fault, Faulty};
 use memory::{
     Contents, Live, TRASH, blobs, everything, layer_link, long_ago, old_store, put, put_blob, put_image,
-    put_tag, registry, tag_link, trash,
+    put_tag, registry, tag_history_link, tag_link, trash,
 };
 use regfs::catalog::Tables;
 use regfs::engine::Engine;
@@ -101,6 +101,22 @@ fn put_sha512_image(store: &Memory, name: &str, tag: Option<&str>, content: &str
     put_image(store, name, tag, &image)
 }
 
+/// What registries and their clients leave behind.
+fn put_leftovers(store: &Memory) {
+    let tmp = "0b4e8a4e-5d1f-4b7a-9d39-0d5a3f1c2b6e.tmp";
+    let missing = sha256(b"not there");
+    for name in ["app", "bare/repository"] {
+        put(store, layer_link(name, &missing), missing.as_bytes());
+    }
+    // In use in another repository.
+    let elsewhere = sha256(&layer("private", "of v2 alone").blob);
+    put(store, layer_link("team/multi", &elsewhere), elsewhere.as_bytes());
+    put(store, tag_history_link("app", "v1", &missing), missing.as_bytes());
+    put(store, tag_link("app", "v1").with_extension(tmp), b"sha256:");
+    put(store, "repositories/app/_uploads/1/startedat", b"2020-01-01T00:00:00Z");
+    put(store, "repositories/app/_uploads/1/data", b"half of it");
+}
+
 /// The registry of all stories, with everything in it long ago.
 struct Fixture {
     before: Contents,
@@ -162,6 +178,7 @@ impl Fixture {
         put_blob(&store, b"garbage");
         let linked = put_blob(&store, b"garbage with a link");
         put(&store, layer_link("team/multi", &linked), linked.as_bytes());
+        put_leftovers(&store);
         let before = store.snapshot();
         assert_eq!(Live::of(&before).lacks.len(), 2, "what was adopted: {:?}", Live::of(&before).lacks);
         Fixture { before, v2: v2_digest }
@@ -358,7 +375,7 @@ fn a_dry_run_changes_nothing_and_reports_what_fails() {
         let options = Options { dry_run: true, ..options(untagged, false) };
         let faulty = Faulty::new(old_store(&Fixture::new().before), Fault::Never, 0);
         sweep(&*faulty, &options).unwrap();
-        let looks = |call: &Call| matches!(call.name, "list" | "stat" | "read");
+        let looks = |call: &Call| matches!(call.name, "list" | "stat" | "read" | "look at directory");
         assert!(faulty.calls().iter().all(looks), "no lock, no sync, no change");
         check("dry run", Sort::Looks, &|store| sweep(&*store, &options));
     }

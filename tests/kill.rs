@@ -170,6 +170,26 @@ impl Store for Deadly {
         self.change("prune", prefix, || (), |store| store.prune(prefix))
     }
 
+    fn directory_changed(&self, path: &Path) -> Result<Option<SystemTime>> {
+        self.inner.directory_changed(path)
+    }
+
+    fn remove_directory(&self, path: &Path) -> Result<bool> {
+        self.change("remove directory", path, || (), |store| store.remove_directory(path))
+    }
+
+    fn make_directory(&self, path: &Path) -> Result<()> {
+        self.change("make directory", path, || (), |store| store.make_directory(path))
+    }
+
+    fn create(&self, path: &Path, content: &[u8]) -> Result<()> {
+        self.change("create", path, || (), |store| store.create(path, content))
+    }
+
+    fn replace(&self, path: &Path, content: &[u8], saved: &Path) -> Result<()> {
+        self.change("replace", path, || (), |store| store.replace(path, content, saved))
+    }
+
     fn sync(&self) -> Result<()> {
         self.change("sync", Path::new(""), || (), Store::sync)
     }

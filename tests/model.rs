@@ -36,6 +36,8 @@ const STEPS: usize = 25;
 
 const REPOSITORIES: [&str; 3] = ["app", "app/nested", "other"];
 const SOMEONE_PUSHES: &str = "repositories/pushing/_uploads/1/startedat";
+/// Older than any upload.
+const NEVER: Duration = Duration::from_secs(1 << 40);
 const TAGS: [&str; 3] = ["1", "2", "latest"];
 /// The last one is pushed, and named, under its sha512 digest.
 const LAYERS: usize = 5;
@@ -167,6 +169,8 @@ enum Item {
     StrongLayer(Name, Thing),
     Revision(Name, Thing),
     Tag(Name, String),
+    /// That a tag has pointed at something, once that is gone.
+    Past(Name, String, Thing),
 }
 
 /// What is to be known of an item besides its place.
@@ -201,7 +205,13 @@ impl Model {
     }
 
     fn has(&self, item: &Item) -> bool {
-        self.store.contains_key(item)
+        match item {
+            Item::Past(name, tag, thing) => {
+                let tag = self.store.get(&Item::Tag(*name, tag.clone()));
+                tag.is_some_and(|facts| facts.history.contains(thing))
+            }
+            _ => self.store.contains_key(item),
+        }
     }
 
     fn is_in_trash(&self, item: &Item) -> bool {
@@ -319,12 +329,59 @@ impl Model {
                 garbage.extend(own);
             }
         }
+        let leftovers: Vec<Item> = (0..REPOSITORIES.len())
+            .flat_map(|name| self.leftovers(name, &garbage, &reachable, grace))
+            .collect();
+        garbage.extend(leftovers);
         garbage
+    }
+
+    /// Layer links that nothing in their repository names, and what tags pointed at that is gone. Links to
+    /// unreferenced blobs go with those.
+    fn leftovers(
+        &self,
+        name: Name,
+        garbage: &BTreeSet<Item>,
+        reachable: &BTreeSet<Thing>,
+        grace: u64,
+    ) -> Vec<Item> {
+        let stays = |thing: &Thing| !garbage.contains(&Item::Revision(name, *thing));
+        let revisions: Vec<Thing> = self.revisions(name).into_iter().filter(stays).collect();
+        let tags = self.tags(name);
+        let held = tags.iter().map(|(_, t)| *t).filter(|t| !self.has(&Item::Revision(name, *t)));
+        let named = Model::closure(revisions.iter().copied().chain(held), |thing| self.manifest(thing));
+        let is_linked = (0..REPOSITORIES.len()).any(|name| self.has(&Item::StrongLayer(name, STRONG)));
+        let is_old = |hour: u64| self.hour - hour >= grace;
+        let mut found = Vec::new();
+        for (item, facts) in self.store.iter().filter(|(_, facts)| is_old(facts.hour)) {
+            match item {
+                Item::Layer(of, thing) | Item::StrongLayer(of, thing) if *of == name => {
+                    let by_alias = *thing != STRONG || is_linked || matches!(item, Item::StrongLayer(..));
+                    let is_named = named.contains(thing) && by_alias;
+                    let goes_with_blob = self.has(&Item::Blob(*thing)) && !reachable.contains(thing);
+                    found.extend((!is_named && !goes_with_blob).then(|| item.clone()));
+                }
+                Item::Tag(of, tag) if *of == name => {
+                    let past = facts.history.iter().filter(|t| !revisions.contains(t));
+                    let past = past.filter(|t| facts.target != Some(**t));
+                    found.extend(past.map(|t| Item::Past(name, tag.clone(), *t)));
+                }
+                _ => {}
+            }
+        }
+        found
     }
 
     fn take(&mut self, id: &str, items: impl IntoIterator<Item = Item>) {
         for item in items {
-            let facts = self.store.remove(&item).unwrap();
+            let facts = match &item {
+                Item::Past(name, tag, thing) => {
+                    let tag = self.store.get_mut(&Item::Tag(*name, tag.clone())).unwrap();
+                    assert!(tag.history.remove(thing));
+                    Facts { hour: tag.hour, ..Facts::default() }
+                }
+                _ => self.store.remove(&item).unwrap(),
+            };
             self.trash.entry(id.to_string()).or_default().insert(item, facts);
         }
     }
@@ -342,7 +399,7 @@ impl Model {
             let named: Vec<BTreeSet<Thing>> = (0..REPOSITORIES.len()).map(named_in).collect();
             let is_wanted = |item: &Item| match item {
                 Item::Blob(thing) => reachable.contains(thing),
-                Item::Layer(_, STRONG) | Item::Tag(..) => false,
+                Item::Layer(_, STRONG) | Item::Tag(..) | Item::Past(..) => false,
                 Item::Layer(name, thing) | Item::StrongLayer(name, thing) | Item::Revision(name, thing) => {
                     named[*name].contains(thing)
                 }
@@ -359,7 +416,14 @@ impl Model {
 
     /// Moves an item back unless it is there.
     fn put_back(&mut self, id: &str, item: &Item) {
-        if !self.has(item)
+        if let Item::Past(name, tag, thing) = item {
+            if let Some(facts) = self.store.get_mut(&Item::Tag(*name, tag.clone()))
+                && let Some(items) = self.trash.get_mut(id)
+                && items.remove(item).is_some()
+            {
+                facts.history.insert(*thing);
+            }
+        } else if !self.has(item)
             && let Some(facts) = self.trash.get_mut(id).and_then(|items| items.remove(item))
         {
             self.store.insert(item.clone(), facts);
@@ -461,7 +525,7 @@ impl Model {
         for item in &own {
             self.put_back(id, item);
             // Of what is there again, bytes stay in the trash; a second link is dropped.
-            if !matches!(item, Item::Blob(_))
+            if !matches!(item, Item::Blob(_) | Item::Past(..))
                 && let Some(items) = self.trash.get_mut(id)
             {
                 items.remove(item);
@@ -507,6 +571,9 @@ impl Model {
                 link(layer_link(REPOSITORIES[*name], &sha512(&self.things[*thing].bytes)), *thing)
             }
             Item::Revision(name, thing) => link(revision_link(REPOSITORIES[*name], digest(*thing)), *thing),
+            Item::Past(name, tag, thing) => {
+                link(tag_history_link(REPOSITORIES[*name], tag, digest(*thing)), *thing)
+            }
             Item::Tag(name, tag) => {
                 let name = REPOSITORIES[*name];
                 let history = facts.history.iter();
@@ -825,7 +892,8 @@ impl World {
     }
 
     fn sweep(&mut self, untagged: bool, grace: u64, now: bool) -> Result<bool, String> {
-        let options = Options { untagged, now, grace: self.grace(grace), ..Options::default() };
+        let options =
+            Options { untagged, now, grace: self.grace(grace), uploads: NEVER, ..Options::default() };
         let report = gc::run(&*self.store, &Tables::default(), &options, &author(), &Unwatched);
         let report = report.map_err(|e| e.to_string())?;
         ensure(report.is_complete(), || report.failures.join("\n"))?;
@@ -899,12 +967,14 @@ impl World {
 
     /// Asserts that a sweep without grace would take exactly what the model calls garbage.
     fn dry_run(&self, untagged: bool) -> Verdict {
-        let options = Options { dry_run: true, untagged, grace: Duration::ZERO, ..Options::default() };
+        let looks = Options { dry_run: true, thorough: true, uploads: NEVER, ..Options::default() };
+        let options = Options { untagged, grace: Duration::ZERO, ..looks };
         let report = gc::run(&*self.store, &Tables::default(), &options, &author(), &Unwatched);
-        let taken: BTreeSet<PathBuf> =
-            report.map_err(|e| e.to_string())?.taken.into_iter().map(|item| item.path).collect();
+        let taken = report.map_err(|e| e.to_string())?.taken.into_iter().filter(|item| item.kind.is_moved());
+        let taken: BTreeSet<PathBuf> = taken.map(|item| item.path).collect();
         let garbage = self.model.garbage(untagged, 0);
-        let expected = garbage.iter().flat_map(|item| self.model.files(item, &self.model.store[item]));
+        let facts = |item: &Item| self.model.store.get(item).cloned().unwrap_or_default();
+        let expected = garbage.iter().flat_map(|item| self.model.files(item, &facts(item)));
         let expected: BTreeSet<PathBuf> = expected.map(|(path, _)| path).collect();
         let kept: Vec<_> = expected.difference(&taken).collect();
         let lost: Vec<_> = taken.difference(&expected).collect();

@@ -598,7 +598,8 @@ impl<'a> Scan<'a> {
     /// Whether the file `name` is the version that `known` describes.
     fn is_unchanged(&self, directory: &dyn Directory, name: &Path, known: &Version) -> bool {
         let read_at = self.previous.map_or(SystemTime::UNIX_EPOCH, |p| p.scanned_at);
-        let was_at_rest = read_at.duration_since(known.last_change()).is_ok_and(|rest| rest > AT_REST);
+        let rest = known.last_change().and_then(|changed| read_at.duration_since(changed).ok());
+        let was_at_rest = rest.is_some_and(|rest| rest > AT_REST);
         // A failing stat is not hidden: the read that follows meets it again.
         was_at_rest
             && directory.stat(name).is_ok_and(|stat| stat.is_some_and(|s| Version::from(&s) == *known))

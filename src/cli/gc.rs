@@ -13,6 +13,7 @@ use crate::catalog::cache::Place;
 use crate::error::{Error, Result};
 use crate::gc::{self, Options, Unwatched};
 use crate::trash::Author;
+use crate::view::control::{parse_glob, parse_referrers};
 
 /// Collect garbage into the trash, or say what there is.
 ///
@@ -26,11 +27,29 @@ pub(super) struct GcArgs {
     #[arg(long)]
     dry_run: bool,
     /// In a dry run, don't read tags: counts what only a tag names whose manifest was deleted, which a sweep leaves
-    #[arg(long, requires = "dry_run", conflicts_with = "untagged")]
+    #[arg(long, requires = "dry_run", conflicts_with_all = ["untagged", "referrers", "thorough"])]
     quick: bool,
-    /// Take manifests that no tag leads to, too
+    /// Take manifests that no tag leads to, too; with an age, those pushed longer ago than that
+    #[arg(long, value_name = "AGE", num_args = 0..=1, require_equals = true, default_missing_value = "0", value_parser = duration)]
+    untagged: Option<Duration>,
+    /// Collect only in repositories whose names match; * stands for anything but a slash, ** for anything
+    #[arg(long, value_name = "GLOB", value_parser = parse_glob)]
+    repository: Option<glob::Pattern>,
+    /// Take uploads that began longer ago than this and were never finished
+    #[arg(long, value_name = "AGE", default_value = "7d", value_parser = duration)]
+    uploads: Duration,
+    /// Take signatures, attestations and SBOMs of images that are gone
+    #[arg(long, value_name = "orphans", value_parser = parse_referrers)]
+    referrers: Option<bool>,
+    /// Make links whole that are broken or missing, where their place tells what belongs there
     #[arg(long)]
-    untagged: bool,
+    repair: bool,
+    /// Look into every directory for leftovers in a dry run, too; a sweep always does
+    #[arg(long)]
+    thorough: bool,
+    /// Let damage keep nothing: what a manifest or a tag that can't be read might lead to is taken
+    #[arg(long)]
+    ignore_damaged: bool,
     /// Leave what was used more recently than this
     #[arg(long, value_name = "AGE", default_value = "24h", value_parser = duration)]
     grace: Duration,
@@ -58,7 +77,14 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
     let store = open(&args.store, environment)?;
     let options = Options {
         dry_run: args.dry_run,
-        untagged: args.untagged,
+        untagged: args.untagged.is_some(),
+        untagged_for: args.untagged.unwrap_or_default(),
+        repositories: args.repository.clone(),
+        uploads: args.uploads,
+        orphans: args.referrers == Some(true),
+        repair: args.repair,
+        thorough: args.thorough,
+        ignore_damaged: args.ignore_damaged,
         grace: args.grace,
         keep: args.keep,
         now: args.now,

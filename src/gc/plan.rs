@@ -1,18 +1,24 @@
 //! Plan: every decision of a collection with its reason, as a value.
 //!
-//! [`Plan::new`] looks at the ages of what the mark found unreferenced, and at nothing else; [`decide`] is pure.
+//! [`Plan::new`] looks at the ages of what the mark found unreferenced, then for what crashes, deletions and sweeps leave
+//! behind ([`super::leftovers`]) and what is broken ([`super::repair`]); [`decide`] is pure.
 //!
 //! # Rules kept here
 //! 1. The age of a blob is the newest of its times and those of any layer link to it: uploading a blob that
 //!    exists already changes only the link.
 //! 2. What can't be looked at is not garbage: a failing call ends the run; a blob without bytes is none.
 //! 3. The age of a revision is that of its link, which every push of the manifest renews.
+//! 4. With a glob only what belongs to matching repositories goes. A blob belongs to all repositories with a layer
+//!    link to it, and to the one whose untagged manifest led to it; without either, nobody can say whose it was.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use super::mark::{self, Mark, Untagged};
+use super::orphans::{self, Orphans};
+use super::repair::{self, Repair};
+use super::{Options, leftovers};
 use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Catalog, Effect, Problem, Tables};
 use crate::error::Result;
@@ -20,25 +26,49 @@ use crate::layout;
 use crate::store::{Stat, Store};
 
 /// What decides about garbage, besides the mark.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Policy {
-    /// Revisions that no tag leads to are garbage.
-    pub untagged: bool,
-    /// What was used more recently than this is left.
-    pub grace: Duration,
+    /// What was asked for.
+    pub options: Options,
     /// The time to count from.
     pub now: SystemTime,
 }
 
 impl Policy {
+    /// What `options` mean at a time.
+    pub fn new(options: &Options, now: SystemTime) -> Policy {
+        Policy { options: options.clone(), now }
+    }
+
     /// When something last used then becomes garbage.
     pub fn eligible_at(&self, last_used: SystemTime) -> SystemTime {
-        last_used.checked_add(self.grace).unwrap_or(last_used)
+        last_used.checked_add(self.options.grace).unwrap_or(last_used)
     }
 
     /// Whether something last used then is left. Without grace nothing is, whatever the clocks say.
     pub fn is_young(&self, last_used: SystemTime) -> bool {
-        !self.grace.is_zero() && self.eligible_at(last_used) > self.now
+        self.is_younger(last_used, self.options.grace)
+    }
+
+    /// Whether something last used then is younger than `age`.
+    pub fn is_younger(&self, last_used: SystemTime, age: Duration) -> bool {
+        !age.is_zero() && last_used.checked_add(age).unwrap_or(last_used) > self.now
+    }
+
+    /// Whether the repository (or namespace) of that name is collected in.
+    pub fn includes(&self, repository: &Path) -> bool {
+        let options = glob::MatchOptions { require_literal_separator: true, ..glob::MatchOptions::new() };
+        self.options.repositories.as_ref().is_none_or(|glob| glob.matches_path_with(repository, options))
+    }
+
+    /// Whether every directory is looked into.
+    pub fn is_thorough(&self) -> bool {
+        !self.options.dry_run || self.options.thorough || self.options.repair
+    }
+
+    /// Whether directories that a sweep empties go at once: nobody pushes, or that is the caller's risk.
+    pub fn is_eager(&self) -> bool {
+        self.options.now || self.options.grace.is_zero()
     }
 }
 
@@ -55,27 +85,73 @@ pub struct Candidate {
     pub links: Vec<(NameId, DigestId)>,
 }
 
-/// What sort of thing is taken.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize)]
+/// What sort of thing is taken; the order of taking.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ItemKind {
+    /// A tag with all that is in its directory.
+    Tag,
     /// A repository's claim on a manifest.
     Revision,
     /// A repository's claim on a blob.
     LayerLink,
     /// Bytes.
     Blob,
+    /// What a tag pointed at once.
+    TagHistory,
+    /// A push that was never finished.
+    Upload,
+    /// A file that a crashed writer left.
+    Unfinished,
+    /// A directory with nothing in it. Removed, not moved: there is nothing to lose.
+    Directory,
+    /// The empty directories of a repository without images.
+    Repository,
+}
+
+impl ItemKind {
+    /// The word for it in reports, for `count` of them.
+    pub fn noun(self) -> &'static str {
+        match self {
+            ItemKind::Tag => "tag",
+            ItemKind::Revision => "revision",
+            ItemKind::LayerLink => "layer link",
+            ItemKind::Blob => "blob",
+            ItemKind::TagHistory => "tag history link",
+            ItemKind::Upload => "upload",
+            ItemKind::Unfinished => "unfinished file",
+            ItemKind::Directory => "empty directory",
+            ItemKind::Repository => "empty repository",
+        }
+    }
+
+    /// Whether it moves to the trash; what holds nothing is removed.
+    pub fn is_moved(self) -> bool {
+        !matches!(self, ItemKind::Directory | ItemKind::Repository)
+    }
 }
 
 /// Which thing; its path is made when it is asked for, there may be millions.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum What {
+    /// Repository and name of a tag, and what it points at.
+    Tag(NameId, NameId, DigestId),
     /// A repository's claim on a manifest.
     Revision(NameId, DigestId),
     /// A repository's claim on a blob.
     LayerLink(NameId, DigestId),
     /// Bytes.
     Blob(DigestId),
+    /// Repository and name of a tag, and what it pointed at once.
+    TagHistory(NameId, NameId, DigestId),
+    /// Repository and name of an upload.
+    Upload(NameId, NameId),
+    /// A file that a crashed writer left.
+    Unfinished(Box<Path>),
+    /// A directory with nothing, or only such directories, in it.
+    Directory(Box<Path>),
+    /// The directories of a repository.
+    Repository(NameId),
 }
 
 /// One thing to take.
@@ -96,8 +172,24 @@ pub enum Reason {
     Untagged,
     /// Only manifests that go name it.
     BelowUntagged,
+    /// It is about an image that is gone.
+    Orphaned,
+    /// Only what is about an image that is gone names it.
+    BelowOrphaned,
     /// Nothing names it.
     Unnamed,
+    /// Nothing in its repository names it.
+    UnnamedHere,
+    /// What it leads to is not in the store.
+    Dangling,
+    /// What it leads to is not in the repository any more.
+    Past,
+    /// It began too long ago.
+    Stale,
+    /// Its writer is gone.
+    Crashed,
+    /// Nothing is in it.
+    Empty,
 }
 
 impl std::fmt::Display for Reason {
@@ -105,7 +197,15 @@ impl std::fmt::Display for Reason {
         f.write_str(match self {
             Reason::Untagged => "no tag leads to it",
             Reason::BelowUntagged => "only manifests that no tag leads to name it",
+            Reason::Orphaned => "what it is about is gone",
+            Reason::BelowOrphaned => "only manifests about an image that is gone name it",
             Reason::Unnamed => "no manifest names it",
+            Reason::UnnamedHere => "no manifest of its repository names it",
+            Reason::Dangling => "its blob is not in the store",
+            Reason::Past => "its manifest is not in the repository any more",
+            Reason::Stale => "its push began long ago and was never finished",
+            Reason::Crashed => "its writer never finished it",
+            Reason::Empty => "nothing is in it",
         })
     }
 }
@@ -114,9 +214,15 @@ impl Item {
     /// What sort; the order of taking.
     pub fn kind(&self) -> ItemKind {
         match self.what {
+            What::Tag(..) => ItemKind::Tag,
             What::Revision(..) => ItemKind::Revision,
             What::LayerLink(..) => ItemKind::LayerLink,
             What::Blob(_) => ItemKind::Blob,
+            What::TagHistory(..) => ItemKind::TagHistory,
+            What::Upload(..) => ItemKind::Upload,
+            What::Unfinished(_) => ItemKind::Unfinished,
+            What::Directory(_) => ItemKind::Directory,
+            What::Repository(_) => ItemKind::Repository,
         }
     }
 
@@ -124,25 +230,36 @@ impl Item {
     pub fn path(&self, tables: &Tables) -> PathBuf {
         let repository = |id: NameId| PathBuf::from(&*tables.names.get(id));
         let digest = |id: DigestId| tables.digests.get(id);
-        match self.what {
-            What::Revision(name, id) => layout::revision_link(&repository(name), &digest(id)),
-            What::LayerLink(name, id) => layout::layer_link(&repository(name), &digest(id)),
-            What::Blob(id) => layout::blob_data(&digest(id)),
+        match &self.what {
+            What::Tag(name, tag, _) => layout::tag_dir(&repository(*name), &tables.names.get(*tag)),
+            What::Revision(name, id) => layout::revision_link(&repository(*name), &digest(*id)),
+            What::LayerLink(name, id) => layout::layer_link(&repository(*name), &digest(*id)),
+            What::Blob(id) => layout::blob_data(&digest(*id)),
+            What::TagHistory(name, tag, id) => {
+                layout::tag_history_link(&repository(*name), &tables.names.get(*tag), &digest(*id))
+            }
+            What::Upload(name, upload) => layout::upload_dir(&repository(*name), &tables.names.get(*upload)),
+            What::Unfinished(path) | What::Directory(path) => path.to_path_buf(),
+            What::Repository(name) => layout::repository(&repository(*name)),
         }
     }
 
     /// The content it is or leads to.
     pub fn digest(&self) -> Option<DigestId> {
         match self.what {
+            What::Tag(_, _, id) | What::TagHistory(_, _, id) => Some(id),
             What::Revision(_, id) | What::LayerLink(_, id) | What::Blob(id) => Some(id),
+            What::Upload(..) | What::Unfinished(_) | What::Directory(_) | What::Repository(_) => None,
         }
     }
 
-    /// The repository it belongs to; blobs belong to none.
+    /// The repository it belongs to, where its kind tells.
     pub fn repository(&self) -> Option<NameId> {
         match self.what {
+            What::Tag(name, ..) | What::TagHistory(name, ..) => Some(name),
             What::Revision(name, _) | What::LayerLink(name, _) => Some(name),
-            What::Blob(_) => None,
+            What::Upload(name, _) | What::Repository(name) => Some(name),
+            What::Blob(_) | What::Unfinished(_) | What::Directory(_) => None,
         }
     }
 }
@@ -167,28 +284,95 @@ pub struct Plan {
     pub young: Vec<Young>,
     /// What looks like garbage and is left, because its age could not be told.
     pub problems: Vec<Problem>,
+    /// What is broken and can be made whole; known after a thorough search.
+    pub repairs: Vec<Repair>,
+    /// Whether every directory was looked into.
+    pub is_thorough: bool,
+    /// Whether directories that the sweep empties go at once.
+    pub is_eager: bool,
+}
+
+/// Manifests and tags that go.
+#[derive(Default)]
+pub struct Going {
+    untagged: Untagged,
+    orphans: Orphans,
+    /// All revisions of the two.
+    revisions: Untagged,
+}
+
+impl Going {
+    /// Decides which go.
+    pub fn of(catalog: &Catalog, policy: &Policy) -> Going {
+        let age = policy.options.grace.max(policy.options.untagged_for);
+        let mut untagged = match policy.options.untagged {
+            true => {
+                let is_young = |time| policy.is_younger(time, age);
+                // What can't tell its age is young.
+                mark::untagged(catalog, &|r| r.version.last_change().is_none_or(is_young))
+            }
+            false => Untagged::new(),
+        };
+        untagged.retain(|name, _| policy.includes(name));
+        let orphans = match policy.options.orphans {
+            true => orphans::orphans(catalog, policy),
+            false => Orphans::default(),
+        };
+        let mut revisions = untagged.clone();
+        for (name, orphaned) in &orphans.revisions {
+            let all = revisions.entry(name.clone()).or_default();
+            all.extend(orphaned);
+            all.sort_unstable();
+            all.dedup();
+        }
+        Going { untagged, orphans, revisions }
+    }
+
+    /// The manifests of a repository that go.
+    pub fn revisions_of(&self, repository: &Path) -> &[DigestId] {
+        self.revisions.get(repository).map_or(&[], Vec::as_slice)
+    }
+
+    /// The tags of a repository that go.
+    pub fn tags_of(&self, repository: NameId) -> impl Iterator<Item = NameId> {
+        self.orphans.tags.iter().filter(move |(name, ..)| *name == repository).map(|(_, tag, _)| *tag)
+    }
 }
 
 impl Plan {
     /// Marks `catalog` and decides.
     pub fn new(store: &dyn Store, catalog: &Catalog, policy: &Policy) -> Result<Plan> {
-        let untagged = match policy.untagged {
-            true => mark::untagged(catalog, &|r| policy.is_young(r.version.last_change())),
-            false => Untagged::new(),
-        };
-        let mark = mark::mark(catalog, &untagged);
-        let (candidates, problems) = candidates(store, catalog, &mark)?;
-        Ok(Plan { problems, ..decide(catalog, &untagged, &candidates, policy) })
+        Plan::look(store, catalog, policy, None)
     }
 
-    /// What a second look decided, as far as this one did, too.
-    pub fn confirmed_by(&self, mut second: Plan) -> Plan {
+    /// What a second look decides, as far as this one did, too. What took a search of every directory to find is looked
+    /// at one by one.
+    pub fn confirmed(&self, store: &dyn Store, catalog: &Catalog, policy: &Policy) -> Result<Plan> {
+        let mut second = Plan::look(store, catalog, policy, Some(self))?;
         let first: BTreeSet<&What> = self.items.iter().map(|i| &i.what).collect();
         second.items.retain(|item| first.contains(&item.what));
-        second
+        second.repairs.retain(|repair| self.repairs.contains(repair));
+        Ok(second)
     }
 
-    /// Bytes of the blobs to take.
+    fn look(store: &dyn Store, catalog: &Catalog, policy: &Policy, first: Option<&Plan>) -> Result<Plan> {
+        let going = Going::of(catalog, policy);
+        let mark = mark::mark(catalog, &going.revisions);
+        let (candidates, problems) = candidates(store, catalog, &mark)?;
+        let mut plan = Plan { problems, ..decide(catalog, &going, &candidates, policy) };
+        plan.is_thorough = policy.is_thorough();
+        plan.is_eager = policy.is_eager();
+        if plan.is_thorough {
+            plan.repairs = repair::search(store, catalog, policy, &going, first.map(|p| &*p.repairs))?;
+        }
+        let facts = leftovers::Facts { store, catalog, policy, going: &going, mark: &mark };
+        let found = leftovers::search(&facts, &candidates, &plan.items, first.map(|p| &*p.items))?;
+        plan.items.extend(found);
+        plan.items.sort_by_key(Item::kind);
+        Ok(plan)
+    }
+
+    /// Bytes of what is to be taken.
     pub fn bytes(&self) -> u64 {
         self.items.iter().map(|i| i.bytes).sum()
     }
@@ -250,29 +434,44 @@ fn candidate(
 }
 
 /// Decides. Pure.
-pub fn decide(catalog: &Catalog, untagged: &Untagged, candidates: &[Candidate], policy: &Policy) -> Plan {
+pub fn decide(catalog: &Catalog, going: &Going, candidates: &[Candidate], policy: &Policy) -> Plan {
     let mut plan = Plan::default();
-    let mut below_untagged = IdSet::default();
-    for (name, revisions) in untagged {
+    let tags = going.orphans.tags.iter();
+    let tag = |(name, tag, id): &(NameId, NameId, DigestId)| What::Tag(*name, *tag, *id);
+    plan.items.extend(tags.map(|t| Item { what: tag(t), bytes: 0, reason: Reason::Orphaned }));
+    let (mut below_untagged, mut below_orphaned) = (IdSet::default(), IdSet::default());
+    for (name, revisions) in &going.revisions {
         let repository = catalog.tables.names.intern(name.as_os_str());
         for id in revisions.iter().copied() {
-            let what = What::Revision(repository, id);
-            plan.items.push(Item { what, bytes: 0, reason: Reason::Untagged });
-            below_untagged.extend(&catalog.closure(id));
+            let is_untagged = going.untagged.get(name).is_some_and(|ids| ids.contains(&id));
+            let (reason, below) = match is_untagged {
+                true => (Reason::Untagged, &mut below_untagged),
+                false => (Reason::Orphaned, &mut below_orphaned),
+            };
+            plan.items.push(Item { what: What::Revision(repository, id), bytes: 0, reason });
+            below.extend(&catalog.closure(id));
         }
     }
     let mut links: Vec<Item> = Vec::new();
     let mut blobs = Vec::new();
     for candidate in candidates {
         let (digest, bytes) = (candidate.digest, candidate.stat.size);
+        let reason = match (below_untagged.contains(digest), below_orphaned.contains(digest)) {
+            (true, _) => Reason::BelowUntagged,
+            (false, true) => Reason::BelowOrphaned,
+            (false, false) => Reason::Unnamed,
+        };
+        if policy.options.repositories.is_some() {
+            let is_ours = |(name, _): &(NameId, DigestId)| policy.includes(Path::new(&*catalog.name(*name)));
+            let is_owned = reason != Reason::Unnamed || !candidate.links.is_empty();
+            if !is_owned || !candidate.links.iter().all(is_ours) {
+                continue;
+            }
+        }
         if policy.is_young(candidate.last_used) {
             plan.young.push(Young { digest, bytes, eligible_at: policy.eligible_at(candidate.last_used) });
             continue;
         }
-        let reason = match below_untagged.contains(digest) {
-            true => Reason::BelowUntagged,
-            false => Reason::Unnamed,
-        };
         let link = |(repository, layer)| Item { what: What::LayerLink(repository, layer), bytes: 0, reason };
         links.extend(candidate.links.iter().copied().map(link));
         blobs.push(Item { what: What::Blob(digest), bytes, reason });

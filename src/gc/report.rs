@@ -1,5 +1,6 @@
 //! Report: what a run decided and did, as text and as JSON.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -9,6 +10,7 @@ use serde::Serialize;
 
 use super::Options;
 use super::plan::{Item, ItemKind, Plan, Young};
+use super::repair::Repair;
 use super::sweep::Taken;
 use crate::catalog::{Catalog, Problem, Tables};
 use crate::digest::Digest;
@@ -44,6 +46,10 @@ pub struct Report {
     pub transaction: Option<String>,
     /// What was taken, or would be.
     pub taken: Vec<TakenItem>,
+    /// What is broken and can be made whole; of a sweep with `repair`, what was.
+    pub repairs: Vec<ReportedRepair>,
+    /// Whether every directory was looked into.
+    pub thorough: bool,
     /// Garbage that is too young.
     pub kept_young: Vec<KeptYoung>,
     /// Transactions whose undo ended because their bytes are gone.
@@ -98,6 +104,17 @@ pub struct KeptYoung {
     pub eligible_at: String,
 }
 
+/// Something broken that can be made whole.
+#[derive(Clone, Debug, Serialize)]
+pub struct ReportedRepair {
+    /// Where, below the registry directory.
+    pub path: PathBuf,
+    /// What is wrong, and what belongs there.
+    pub what: String,
+    /// Whether it was made whole.
+    pub done: bool,
+}
+
 /// Something that could not be read or does not belong.
 #[derive(Clone, Debug, Serialize)]
 pub struct ReportedProblem {
@@ -136,6 +153,8 @@ impl Report {
             bytes: y.bytes,
             eligible_at: timestamp(y.eligible_at),
         };
+        let repair =
+            |r: &Repair| ReportedRepair { path: r.path.clone(), what: r.fix.to_string(), done: false };
         Report {
             mode,
             repositories: catalog.repositories.len(),
@@ -145,6 +164,8 @@ impl Report {
             quarantined_bytes: plan.bytes(),
             transaction: None,
             taken: plan.items.iter().map(|i| TakenItem::new(i, &catalog.tables)).collect(),
+            repairs: plan.repairs.iter().map(repair).collect(),
+            thorough: plan.is_thorough,
             kept_young: plan.young.iter().map(young).collect(),
             dropped_transactions: Vec::new(),
             purged_transactions: Vec::new(),
@@ -166,6 +187,9 @@ impl Report {
         self.taken = items.map(|item| TakenItem::new(item, tables)).collect();
         self.quarantined_bytes = self.taken.iter().map(|i| i.bytes).sum();
         self.transaction = taken.transaction;
+        for (at, repair) in self.repairs.iter_mut().enumerate() {
+            repair.done = taken.repaired.contains(&at);
+        }
         self.failures.extend(taken.failures.iter().map(ToString::to_string));
     }
 
@@ -204,12 +228,18 @@ impl Report {
         for item in &self.taken {
             match item.kind {
                 ItemKind::Blob => {
-                    let digest = item.digest.map(|d| d.to_string()).unwrap_or_default();
+                    let digest = item.digest.map(|digest| digest.to_string()).unwrap_or_default();
                     writeln!(f, "blob {digest} {} {}", item.bytes, item.reason)?;
                 }
-                ItemKind::LayerLink => writeln!(f, "layer-link {} {}", item.path.display(), item.reason)?,
-                ItemKind::Revision => writeln!(f, "revision {} {}", item.path.display(), item.reason)?,
+                kind => {
+                    let word = kind.noun().replace(' ', "-");
+                    writeln!(f, "{word} {} {}", item.path.display(), item.reason)?;
+                }
             }
+        }
+        for repair in &self.repairs {
+            let word = if repair.done { "repaired" } else { "repair" };
+            writeln!(f, "{word} {}: {}", repair.path.display(), repair.what)?;
         }
         for young in &self.kept_young {
             writeln!(
@@ -232,8 +262,7 @@ impl Report {
 
     /// What came of it, in a line.
     pub fn outcome(&self) -> String {
-        let blobs: Vec<&TakenItem> = self.taken.iter().filter(|i| i.kind == ItemKind::Blob).collect();
-        let what = format!("{} ({})", count(blobs.len(), "blob"), human(blobs.iter().map(|i| i.bytes).sum()));
+        let what = self.what();
         match (self.mode, &self.transaction) {
             (Mode::DryRun, _) if self.taken.is_empty() => "nothing to free".to_string(),
             (Mode::DryRun, _) => format!("a sweep would take {what}"),
@@ -241,8 +270,21 @@ impl Report {
                 format!("took {what} into the trash as {id}; undo or purge brings them back or frees them")
             }
             (Mode::Sweep, None) if self.taken.is_empty() => "nothing to take".to_string(),
+            (Mode::Sweep, None) if !self.taken.iter().any(|i| i.kind.is_moved()) => format!("removed {what}"),
             (Mode::Sweep, None) => format!("took and purged {what}"),
         }
+    }
+
+    /// What was taken, counted by kind; blobs first, with the bytes of all of it.
+    fn what(&self) -> String {
+        let mut counts: BTreeMap<ItemKind, usize> = BTreeMap::new();
+        self.taken.iter().for_each(|item| *counts.entry(item.kind).or_default() += 1);
+        let blobs = counts.remove(&ItemKind::Blob).unwrap_or(0);
+        let bytes = human(self.taken.iter().map(|i| i.bytes).sum());
+        let others = counts.into_iter().map(|(kind, number)| count(number, kind.noun()));
+        let all: Vec<String> =
+            std::iter::once(format!("{} ({bytes})", count(blobs, "blob"))).chain(others).collect();
+        all.join(", ")
     }
 
     fn write_summary(&self, f: &mut String) -> std::fmt::Result {
@@ -266,6 +308,20 @@ impl Report {
                 human(bytes),
                 if self.kept_young.len() == 1 { "is" } else { "are" },
                 humantime::format_duration(self.grace),
+            )?;
+        }
+        let broken = self.repairs.iter().filter(|r| !r.done).count();
+        if broken > 0 {
+            writeln!(
+                f,
+                "{} can be made whole by a sweep with repair",
+                count(broken, "broken or missing link")
+            )?;
+        }
+        if !self.thorough {
+            writeln!(
+                f,
+                "a sweep also looks into every directory for leftovers; so does a dry run with thorough"
             )?;
         }
         match self.failures.len() {

@@ -1,18 +1,20 @@
 //! Sweep: moves what a plan says into a transaction of the trash.
 //!
+//! Order: repairs, tags, revisions, layer links, blobs, then the rest of the leftovers; empty directories last.
 //! Goes on after a failure and reports each one; what was moved by then can be undone or purged like the rest. What a
 //! manifest or a link that could not be moved leads to stays, so that neither is left without its bytes.
 
 use std::path::Path;
 
-use super::plan::{Item, ItemKind, Plan};
-use super::{Options, Progress};
+use super::plan::{Item, ItemKind, Plan, What};
+use super::repair::{self, Repair};
+use super::{Options, Progress, leftovers};
 use crate::catalog::Catalog;
 use crate::catalog::intern::IdSet;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::store::Store;
-use crate::trash::{Author, Transaction};
+use crate::trash::{self, Author, Transaction};
 
 /// What was taken.
 #[derive(Default)]
@@ -21,6 +23,8 @@ pub struct Taken {
     pub transaction: Option<String>,
     /// Which items of the plan, by their place in it.
     pub items: Vec<usize>,
+    /// Which repairs of the plan were made, by their place in it.
+    pub repaired: Vec<usize>,
     /// What could not be taken.
     pub failures: Vec<Error>,
 }
@@ -34,31 +38,91 @@ pub fn take(
     author: &Author,
     progress: &dyn Progress,
 ) -> Result<Taken> {
-    if plan.items.is_empty() {
+    let needs_repair = options.repair && !plan.repairs.is_empty();
+    if plan.items.is_empty() && !needs_repair {
         return Ok(Taken::default());
     }
-    let transaction = Transaction::begin(store, "sweep", author, &reason(options))?;
-    let mut taken = Taken { transaction: Some(transaction.id().to_string()), ..Taken::default() };
+    let replaces = needs_repair && plan.repairs.iter().any(Repair::replaces);
+    let moves = replaces || plan.items.iter().any(|item| item.kind().is_moved());
+    let transaction = match moves {
+        true => Some(Transaction::begin(store, trash::SWEEP, author, &reason(options))?),
+        false => None,
+    };
+    let mut taken = Taken::default();
+    if needs_repair {
+        repair_all(store, plan, transaction.as_ref(), progress, &mut taken);
+    }
+    if let Some(transaction) = &transaction {
+        move_all(store, catalog, plan, transaction, progress, &mut taken);
+    }
+    remove_all(store, catalog, plan, progress, &mut taken);
+    if let Some(transaction) = transaction {
+        let has_moved = |at: &usize| plan.items.get(*at).is_some_and(|item| item.kind().is_moved());
+        let has_replaced = |at: &usize| plan.repairs.get(*at).is_some_and(Repair::replaces);
+        let is_empty = !taken.items.iter().any(has_moved) && !taken.repaired.iter().any(has_replaced);
+        taken.transaction = Some(transaction.id().to_string());
+        if is_empty {
+            // Everything was gone or failed: an empty transaction would only puzzle people.
+            taken.failures.extend(transaction.discard_if_empty(store).err());
+            taken.transaction = None;
+        }
+    }
+    taken.failures.extend(store.sync().err());
+    Ok(taken)
+}
+
+/// Makes whole what can be.
+fn repair_all(
+    store: &dyn Store,
+    plan: &Plan,
+    transaction: Option<&Transaction>,
+    progress: &dyn Progress,
+    taken: &mut Taken,
+) {
+    progress.phase("repair", plan.repairs.len());
+    for (at, repair) in plan.repairs.iter().enumerate() {
+        if progress.is_stopped() {
+            return;
+        }
+        match repair::execute(store, transaction, repair) {
+            Ok(true) => taken.repaired.push(at),
+            Ok(false) => {}
+            Err(e) => taken.failures.push(e),
+        }
+        progress.step();
+    }
+    taken.failures.extend(store.sync().err());
+}
+
+/// Moves everything that moves into `transaction`.
+fn move_all(
+    store: &dyn Store,
+    catalog: &Catalog,
+    plan: &Plan,
+    transaction: &Transaction,
+    progress: &dyn Progress,
+    taken: &mut Taken,
+) {
     progress.phase("take", plan.items.len());
     let mut last = None;
     let mut needed = IdSet::default();
-    for (at, item) in plan.items.iter().enumerate() {
+    for (at, item) in plan.items.iter().enumerate().filter(|(_, item)| item.kind().is_moved()) {
         if progress.is_stopped() {
-            break;
+            return;
         }
         // The next kind relies on the one before being gone for good: no link may outlive its blob in a crash.
         if last.is_some_and(|kind| kind != item.kind())
             && let Err(e) = store.sync()
         {
             taken.failures.push(e);
-            break;
+            return;
         }
         last = Some(item.kind());
         let id = item.digest();
         if id.is_some_and(|id| needed.contains(id)) {
             continue;
         }
-        match take_one(store, &transaction, item, &item.path(&catalog.tables), options) {
+        match take_one(store, transaction, catalog, item) {
             Ok(true) => taken.items.push(at),
             Ok(false) => {}
             Err(e) => {
@@ -73,31 +137,61 @@ pub fn take(
         }
         progress.step();
     }
-    if taken.items.is_empty() {
-        // Everything was gone or failed: an empty transaction would only puzzle people.
-        taken.failures.extend(transaction.discard_if_empty(store).err());
-        taken.transaction = None;
-    }
-    taken.failures.extend(store.sync().err());
-    Ok(taken)
 }
 
-fn take_one(
-    store: &dyn Store,
-    transaction: &Transaction,
-    item: &Item,
-    path: &Path,
-    options: &Options,
-) -> Result<bool> {
-    let was_there = transaction.take(store, path)?;
-    // Beside a live registry directories stay: it makes them, then renames into them. `now` says there is none.
-    if options.now && item.kind() == ItemKind::Blob && was_there {
-        store.prune(path.parent().unwrap_or(Path::new(layout::BLOBS)))?;
+fn take_one(store: &dyn Store, transaction: &Transaction, catalog: &Catalog, item: &Item) -> Result<bool> {
+    let path = item.path(&catalog.tables);
+    let was_there = transaction.take(store, &path)?;
+    if let What::Tag(repository, tag, target) = &item.what
+        && was_there
+    {
+        let name = catalog.name(*repository);
+        let link = layout::tag_link(Path::new(&*name), &catalog.name(*tag));
+        let content = store.read(&transaction.path_of(&link), layout::LINK_LIMIT);
+        let points_at = content.map(|read| read.and_then(|(text, _)| layout::parse_link(&text).ok()));
+        // A push may have moved it in the last moment; what can't be told counts as that.
+        if !points_at.is_ok_and(|digest| digest == Some(catalog.digest(*target))) {
+            transaction.put_back(store, &path)?;
+            return Err(Error::Changed { what: store.full(&path).display().to_string() });
+        }
     }
     Ok(was_there)
 }
 
+/// Removes the directories that are empty, and those that are now if they may go at once.
+fn remove_all(store: &dyn Store, catalog: &Catalog, plan: &Plan, progress: &dyn Progress, taken: &mut Taken) {
+    let emptied: Vec<usize> = if plan.is_eager { taken.items.clone() } else { Vec::new() };
+    for item in emptied.into_iter().filter_map(|at| plan.items.get(at)) {
+        let path = item.path(&catalog.tables);
+        taken.failures.extend(leftovers::remove_emptied(store, item, &path).err());
+    }
+    for (at, item) in plan.items.iter().enumerate().filter(|(_, item)| !item.kind().is_moved()) {
+        if progress.is_stopped() {
+            return;
+        }
+        let path = item.path(&catalog.tables);
+        let removed = match item.kind() {
+            ItemKind::Repository => leftovers::remove_repository(store, &path),
+            _ => leftovers::remove_directory(store, &path),
+        };
+        match removed {
+            Ok(true) => {
+                taken.items.push(at);
+                if plan.is_eager {
+                    taken.failures.extend(leftovers::remove_emptied(store, item, &path).err());
+                }
+            }
+            Ok(false) => {}
+            Err(e) => taken.failures.push(e),
+        }
+        progress.step();
+    }
+}
+
 fn reason(options: &Options) -> String {
+    let age = humantime::format_duration(options.grace);
     let untagged = if options.untagged { ", untagged manifests included" } else { "" };
-    format!("garbage older than {}{untagged}", humantime::format_duration(options.grace))
+    let orphans = if options.orphans { ", referrers of what is gone included" } else { "" };
+    let glob = options.repositories.as_ref().map_or(String::new(), |glob| format!(" in {glob}"));
+    format!("garbage older than {age}{untagged}{orphans}{glob}")
 }

@@ -389,6 +389,80 @@ impl Store for Disk {
         }
     }
 
+    fn directory_changed(&self, path: &Path) -> Result<Option<SystemTime>> {
+        let doing = "look at the directory";
+        let fd = match self.open_below(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(e) => return Err(self.error(doing, path, e)),
+        };
+        let stat = fs::fstat(&fd).map_err(|e| self.error(doing, path, e))?;
+        Ok(Some(stat_of(&stat).modified))
+    }
+
+    fn remove_directory(&self, path: &Path) -> Result<bool> {
+        let doing = "remove the empty directory";
+        let Some((parent, name)) = self.parent(path, doing)? else { return Ok(false) };
+        match fs::unlinkat(&parent, name, AtFlags::REMOVEDIR) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => Ok(false),
+            Err(e) => Err(self.error(doing, path, e)),
+        }
+    }
+
+    fn make_directory(&self, path: &Path) -> Result<()> {
+        let doing = "make the directory";
+        match self.open_below(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) {
+            Ok(_) => return Ok(()),
+            Err(Errno::NOENT) => {}
+            Err(e) => return Err(self.error(doing, path, e)),
+        }
+        let above = path.parent().unwrap_or(Path::new(""));
+        self.make_directory(above)?;
+        let Some((parent, name)) = self.parent(path, doing)? else {
+            return Err(self.error(doing, path, Errno::NOENT));
+        };
+        match fs::mkdirat(&parent, name, Mode::from_raw_mode(0o777)) {
+            Ok(()) => self.copy_ownership(&parent, path),
+            Err(Errno::EXIST) => Ok(()),
+            Err(e) => Err(self.error(doing, path, e)),
+        }
+    }
+
+    fn create(&self, path: &Path, content: &[u8]) -> Result<()> {
+        let doing = "write";
+        self.make_directory(path.parent().unwrap_or(Path::new("")))?;
+        let Some((parent, name)) = self.parent(path, doing)? else {
+            return Err(self.error(doing, path, Errno::NOENT));
+        };
+        let (new_parent, new_name) = self.write_new(&parent, path, content)?;
+        match fs::renameat_with(&new_parent, new_name, &parent, name, RenameFlags::NOREPLACE) {
+            Ok(()) => Ok(()),
+            Err(Errno::EXIST) => Err(Error::Exists { path: self.full(path) }),
+            Err(e) => Err(self.error(doing, path, e)),
+        }
+    }
+
+    fn replace(&self, path: &Path, content: &[u8], saved: &Path) -> Result<()> {
+        let doing = "replace";
+        let Some((parent, name)) = self.parent(path, doing)? else {
+            return Err(self.error(doing, path, Errno::NOENT));
+        };
+        let (new_parent, new_name) = self.write_new(&parent, path, content)?;
+        fs::renameat_with(&new_parent, new_name, &parent, name, RenameFlags::EXCHANGE)
+            .map_err(|e| self.error(doing, path, e))?;
+        // Owner and mode of directories in the trash are those of the store, so that an undo finds them.
+        self.make_directories(saved.parent().unwrap_or(Path::new("")), path.parent())?;
+        let Some((to_parent, to_name)) = self.parent(saved, doing)? else {
+            return Err(self.error(doing, saved, Errno::NOENT));
+        };
+        match fs::renameat_with(&new_parent, new_name, &to_parent, to_name, RenameFlags::NOREPLACE) {
+            Ok(()) => Ok(()),
+            Err(Errno::EXIST) => Err(Error::Exists { path: self.full(saved) }),
+            Err(e) => Err(self.error(doing, saved, e)),
+        }
+    }
+
     fn sync(&self) -> Result<()> {
         fs::syncfs(self.root.as_fd()).map_err(|e| Error::io("sync the filesystem of", &self.path, e))
     }
@@ -507,6 +581,31 @@ impl Disk {
             Err(Errno::NOENT) => Ok(false),
             Err(Errno::EXIST) => Err(Error::Exists { path: self.full(to) }),
             Err(e) => Err(self.error(doing, from, e)),
+        }
+    }
+
+    /// Writes what shall become `path` in `parent`, with owner and mode that fit there; returns where it lies.
+    ///
+    /// Not beside `path`: a crash must leave nothing where a registry looks.
+    fn write_new(&self, parent: &OwnedFd, path: &Path, content: &[u8]) -> Result<(OwnedFd, &'static OsStr)> {
+        let (doing, new) = ("write", Path::new(layout::NEW_FILE));
+        let wrap = |e| self.error(doing, new, e);
+        let wanted = fs::fstat(parent).map_err(|e| self.error(doing, path, e))?;
+        self.make_directories(Path::new(layout::OWN), None)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC;
+        let fd = self.open_below(new, flags, Mode::from_raw_mode(0o600)).map_err(wrap)?;
+        match fs::fchown(&fd, Some(Uid::from_raw(wanted.st_uid)), Some(Gid::from_raw(wanted.st_gid))) {
+            // Only root may give files away.
+            Err(Errno::PERM) => log::warn!("{} is not its registry's: not root", self.full(path).display()),
+            result => result.map_err(wrap)?,
+        }
+        fs::fchmod(&fd, Mode::from_raw_mode(wanted.st_mode as RawMode & 0o666)).map_err(wrap)?;
+        let mut file = File::from(fd);
+        let written = file.write_all(content).and_then(|()| file.sync_all());
+        written.map_err(|e| Error::io(doing, &self.full(path), e))?;
+        match self.parent(new, doing)? {
+            Some(place) => Ok(place),
+            None => Err(wrap(Errno::NOENT)),
         }
     }
 
@@ -661,6 +760,31 @@ mod tests {
         let error = disk.rename(Path::new("g"), Path::new("a/b/f")).unwrap_err();
         assert!(matches!(error, Error::Exists { .. }));
         assert_eq!(std::fs::read(a.join("f")).unwrap(), b"1");
+    }
+
+    #[test]
+    fn a_created_file_has_the_owner_and_the_mode_of_its_directory_and_replaces_nothing() {
+        use std::os::unix::fs::PermissionsExt;
+        let (_directory, disk) = fixture();
+        let a = disk.full(Path::new("a"));
+        std::fs::create_dir(&a).unwrap();
+        std::fs::set_permissions(&a, PermissionsExt::from_mode(0o2750)).unwrap();
+        let link = Path::new("a/b/link");
+        disk.create(link, b"1").unwrap();
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o7777;
+        assert_eq!((mode(&a.join("b")), mode(&a.join("b/link"))), (0o2750, 0o640));
+        assert!(matches!(disk.create(link, b"2").unwrap_err(), Error::Exists { .. }));
+        assert_eq!(std::fs::read(disk.full(link)).unwrap(), b"1");
+        disk.replace(link, b"3", Path::new(".regfs/trash/1/a/b/link")).unwrap();
+        let contents =
+            [link, Path::new(".regfs/trash/1/a/b/link")].map(|p| std::fs::read(disk.full(p)).unwrap());
+        assert_eq!(contents, [b"3", b"1"]);
+        assert_eq!(mode(&a.join("b/link")), 0o640);
+        assert!(!disk.remove_directory(Path::new("a/b")).unwrap());
+        std::fs::remove_file(disk.full(link)).unwrap();
+        assert!(disk.remove_directory(Path::new("a/b")).unwrap());
+        assert_eq!(disk.directory_changed(Path::new("a/b")).unwrap(), None);
+        assert!(disk.directory_changed(Path::new("a")).unwrap().is_some());
     }
 
     #[test]

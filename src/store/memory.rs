@@ -129,6 +129,32 @@ impl Store for Memory {
         Ok(())
     }
 
+    fn directory_changed(&self, _path: &Path) -> Result<Option<SystemTime>> {
+        Ok(None)
+    }
+
+    fn remove_directory(&self, _path: &Path) -> Result<bool> {
+        Ok(false)
+    }
+
+    fn make_directory(&self, _path: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    fn create(&self, path: &Path, content: &[u8]) -> Result<()> {
+        match self.get(path) {
+            Some(_) => Err(Error::Exists { path: path.to_path_buf() }),
+            None => self.write(path, content),
+        }
+    }
+
+    fn replace(&self, path: &Path, content: &[u8], saved: &Path) -> Result<()> {
+        if let Some(old) = self.get(path) {
+            locked(&self.objects).insert(saved.to_path_buf(), old);
+        }
+        self.write(path, content)
+    }
+
     fn sync(&self) -> Result<()> {
         Ok(())
     }

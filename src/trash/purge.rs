@@ -82,6 +82,7 @@ pub fn purge(store: &dyn Store, ids: &[String]) -> Result<Purged> {
     for transaction in &doomed {
         transaction.finish(store, &mut purged)?;
     }
+    store.remove_directory(Path::new(layout::TRASH))?;
     store.sync()?;
     Ok(purged)
 }
@@ -114,8 +115,8 @@ impl Staying {
 const STEPS: std::ops::RangeInclusive<u8> = 0..=5;
 
 /// When a file goes: what leads to it goes before it does.
-fn step_of(path: &Path) -> u8 {
-    let unit = super::unit_of(path);
+fn step_of(contents: &Contents, path: &Path) -> u8 {
+    let unit = contents.unit_of(path);
     match layout::classify(unit) {
         Kind::Tag(repository, tag) if path != layout::tag_link(&repository, &tag) => 0,
         _ => 5 - order_of_return(unit),
@@ -169,7 +170,7 @@ impl<'a> Doomed<'a> {
     ) -> Result<bool> {
         let mut gone = Vec::new();
         let mut bytes = 0;
-        for path in self.contents.files.iter().filter(|path| step_of(path) == step) {
+        for path in self.contents.files.iter().filter(|path| step_of(self.contents, path) == step) {
             if staying.needs(store, path)? {
                 self.kept += 1;
                 continue;

@@ -5,7 +5,8 @@
 //!    never have been here, and an undo gives back what was, damage included.
 //! 2. Nothing newer is replaced. Content under the same digest is the same content, so it is no obstacle; a tag is.
 //! 3. A manifest comes back with all it names: what a later sweep took is fetched from its transaction.
-//! 4. Order: blobs, layer links, revisions, tags, with a sync between, so that the registry is valid throughout.
+//! 4. Parts that a sweep took of a tag come back only while there is that tag.
+//! 5. Order: blobs, layer links, revisions, tags, with a sync between, so that the registry is valid throughout.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -24,6 +25,8 @@ pub struct Undone {
     pub restored: Vec<PathBuf>,
     /// Paths that were there again already.
     pub present: Vec<PathBuf>,
+    /// Parts of tags that are gone by now; they stay in the trash, or there would be a tag that points nowhere.
+    pub left: Vec<PathBuf>,
     /// Digests that a manifest or a tag names and that are nowhere; they may never have been here.
     pub missing: Vec<Digest>,
 }
@@ -39,6 +42,9 @@ impl Undone {
         }
         for path in &self.present {
             text += &format!("present {}: it is there again, and is not replaced\n", path.display());
+        }
+        for path in &self.left {
+            text += &format!("left {}: its tag is gone\n", path.display());
         }
         for path in &self.restored {
             text += &format!("restored {}\n", path.display());
@@ -57,8 +63,20 @@ pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
     let mut undone = Undone::default();
     let mut moves: BTreeMap<(u8, PathBuf), &Contents> = BTreeMap::new();
     for unit in own.units() {
-        if matches!(layout::classify(unit), Kind::Tag(..)) && store.list(unit)?.is_some() {
+        if let Kind::Tag(repository, tag) = layout::classify(unit)
+            && store.list(unit)?.is_some()
+        {
+            let link = layout::tag_link(&repository, &tag);
+            // A sweep that repairs takes the link alone, of which nobody needs to know what it said.
+            if own.is_swept() && is_broken(store, &own.path_of(&link))? {
+                undone.present.push(link);
+                continue;
+            }
             return Err(Error::Exists { path: store.full(unit) });
+        }
+        if own.is_swept() && lacks_its_tag(store, unit)? {
+            undone.left.push(unit.to_path_buf());
+            continue;
         }
         moves.insert((order_of_return(unit), unit.to_path_buf()), own);
     }
@@ -104,14 +122,36 @@ pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
     Ok(undone)
 }
 
+fn is_broken(store: &dyn Store, link: &Path) -> Result<bool> {
+    match store.read(link, layout::LINK_LIMIT) {
+        Ok(content) => Ok(content.is_none_or(|(text, _)| layout::parse_link(&text).is_err())),
+        Err(e) if e.is_damage() => Ok(true),
+        Err(e) => Err(e),
+    }
+}
+
+/// Whether `path` is part of a tag that is not in the store; what moves as a whole tag is none.
+fn lacks_its_tag(store: &dyn Store, path: &Path) -> Result<bool> {
+    let tag = path.ancestors().skip(1).find_map(|above| match layout::classify(above) {
+        Kind::Tag(repository, tag) => Some(layout::tag_link(&repository, &tag)),
+        _ => None,
+    });
+    match tag.map(|link| store.stat(&link)) {
+        None => Ok(false),
+        Some(Ok(stat)) => Ok(stat.is_none()),
+        // Something stands there, so a tag is there, whatever it is worth.
+        Some(Err(e)) if e.is_damage() => Ok(false),
+        Some(Err(e)) => Err(e),
+    }
+}
+
 /// Removes the copies of links that say the same in the store again. Bytes are left for a purge: whether two blobs
 /// are the same, only their hashes would tell.
 fn drop_what_is_back(store: &dyn Store, own: &Contents, present: &[PathBuf]) -> Result<()> {
     let mut copies = Vec::new();
     for path in present {
         let copy = own.path_of(path);
-        let is_link = matches!(layout::classify(path), Kind::LayerLink(..) | Kind::Revision(..));
-        if is_link && content(store, path)? == content(store, &copy)? {
+        if layout::is_link(path) && content(store, path)? == content(store, &copy)? {
             copies.push(copy);
         }
     }

@@ -8,6 +8,7 @@ use super::node::{Node, Type};
 use crate::catalog::intern::{DigestId, NameId};
 use crate::edit;
 use crate::error::Result;
+use crate::gc::Options;
 use crate::gc::plan::Policy;
 use crate::layout;
 
@@ -88,7 +89,8 @@ impl View<'_> {
                 ..plain
             }));
         };
-        let policy = Policy { untagged: false, grace: self.settings.grace, now: SystemTime::now() };
+        let options = Options { grace: self.settings.grace, ..Options::default() };
+        let policy = Policy::new(&options, SystemTime::now());
         let eligible = self.snapshot.candidate(self.store, id).map(|c| policy.eligible_at(c.last_used));
         let modified = eligible.unwrap_or(stat.modified);
         Ok(Some(Attributes { size: stat.size, blocks: stat.blocks, modified, links, ..plain }))

@@ -9,8 +9,8 @@ use crate::gc::Options;
 use crate::trash::Selection;
 
 /// What `control/gc` understands.
-pub const GC_GRAMMAR: &str =
-    "dry-run | sweep [untagged] [grace=24h] [keep=7d] [now] | stop, with an optional & at the end";
+pub const GC_GRAMMAR: &str = "dry-run | sweep [untagged[=7d]] [repository=GLOB] [uploads=7d] [referrers=orphans] [repair] [thorough] \
+     [grace=24h] [keep=7d] [now] | stop, with an optional & at the end";
 /// What `control/trash` understands.
 pub const TRASH_GRAMMAR: &str = "undo <transaction> | purge [<transaction>|older=7d]";
 
@@ -41,6 +41,43 @@ pub fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
     }
 }
 
+/// Reads the names of repositories: `*` and `?` stand for anything but a slash, `**` for any number of components.
+pub fn parse_glob(text: &str) -> std::result::Result<glob::Pattern, String> {
+    match text {
+        "" => Err("an empty glob matches no repository".to_string()),
+        _ => glob::Pattern::new(text).map_err(|e| format!("{text:?} is no glob: {e}")),
+    }
+}
+
+/// Reads which referrers are collected: `orphans`.
+pub fn parse_referrers(text: &str) -> std::result::Result<bool, String> {
+    match text {
+        "orphans" => Ok(true),
+        _ => Err(format!("{text:?} are no referrers that can be collected; write orphans")),
+    }
+}
+
+/// Applies one word to the options of a collection.
+fn parse_option(word: &str, options: &mut Options) -> std::result::Result<(), String> {
+    match word.split_once('=') {
+        None if word == "untagged" => options.untagged = true,
+        None if word == "now" => options.now = true,
+        None if word == "repair" => options.repair = true,
+        None if word == "thorough" => options.thorough = true,
+        Some(("untagged", value)) => {
+            options.untagged = true;
+            options.untagged_for = parse_duration(value)?;
+        }
+        Some(("repository", value)) => options.repositories = Some(parse_glob(value)?),
+        Some(("uploads", value)) => options.uploads = parse_duration(value)?,
+        Some(("referrers", value)) => options.orphans = parse_referrers(value)?,
+        Some(("grace", value)) => options.grace = parse_duration(value)?,
+        Some(("keep", value)) => options.keep = parse_duration(value)?,
+        _ => return Err(format!("unknown word {word:?}")),
+    }
+    Ok(())
+}
+
 /// Reads what was written to `control/gc`; options not given are those of `defaults`.
 pub fn parse_gc(text: &str, defaults: &Options) -> Result<GcCommand> {
     let wrong = |why: String| Error::invalid(format!("{why}; understood is: {GC_GRAMMAR}"));
@@ -67,13 +104,7 @@ pub fn parse_gc(text: &str, defaults: &Options) -> Result<GcCommand> {
         None => return Err(wrong("empty command".to_string())),
     }
     for word in words {
-        match word.split_once('=') {
-            None if word == "untagged" => options.untagged = true,
-            None if word == "now" => options.now = true,
-            Some(("grace", value)) => options.grace = parse_duration(value).map_err(wrong)?,
-            Some(("keep", value)) => options.keep = parse_duration(value).map_err(wrong)?,
-            _ => return Err(wrong(format!("unknown word {word:?}"))),
-        }
+        parse_option(word, &mut options).map_err(wrong)?;
     }
     Ok(GcCommand::Run(options, background))
 }
@@ -116,12 +147,22 @@ mod tests {
             now: true,
             grace: Duration::ZERO,
             keep: Duration::from_secs(3600),
-            dry_run: false,
-            quick: false,
-            cache: None,
+            ..Options::default()
         };
         assert_eq!(run("sweep now untagged grace=0 keep=1h &"), (all.clone(), true));
         assert_eq!(run("sweep keep=1h grace=0 untagged now&"), (all, true));
+        let policies = Options {
+            untagged: true,
+            untagged_for: Duration::from_secs(7 * 24 * 3600),
+            repositories: Some(glob::Pattern::new("team/**").unwrap()),
+            uploads: Duration::ZERO,
+            orphans: true,
+            repair: true,
+            thorough: true,
+            ..defaults.clone()
+        };
+        let text = "sweep untagged=7d repository=team/** uploads=0 referrers=orphans repair thorough";
+        assert_eq!(run(text), (policies, false));
         assert_eq!(parse_gc("stop", &defaults).unwrap(), GcCommand::Stop);
         for wrong in [
             "",
@@ -131,6 +172,12 @@ mod tests {
             "sweep grace=",
             "sweep grace=x",
             "sweep later",
+            "sweep untagged=",
+            "sweep repository=",
+            "sweep repository=a**b",
+            "sweep uploads",
+            "sweep referrers=all",
+            "sweep ignore-damaged",
             "stop now",
             "\0",
             "sweep\nnow",

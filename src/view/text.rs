@@ -10,6 +10,7 @@ use super::node::Node;
 use super::{View, reachability};
 use crate::catalog::intern::DigestId;
 use crate::error::count;
+use crate::gc::Options;
 use crate::gc::plan::Policy;
 use crate::gc::report::{human, timestamp};
 use crate::manifest;
@@ -79,7 +80,8 @@ impl View<'_> {
         let snapshot = self.snapshot;
         let catalog = &snapshot.catalog;
         let now = SystemTime::now();
-        let policy = Policy { untagged: false, grace: self.settings.grace, now };
+        let options = Options { grace: self.settings.grace, ..Options::default() };
+        let policy = Policy::new(&options, now);
         let candidates = snapshot.candidates(self.store);
         let (young, eligible): (Vec<_>, Vec<_>) =
             candidates.iter().partition(|c| policy.is_young(c.last_used));

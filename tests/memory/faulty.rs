@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use regfs::error::{Error, Result};
 use regfs::store::memory::Memory;
@@ -65,7 +65,17 @@ impl Faulty {
     }
 
     fn call<T>(&self, name: &'static str, path: &Path, act: impl FnOnce(&Memory) -> Result<T>) -> Result<T> {
-        let is_change = matches!(name, "write" | "rename" | "remove" | "prune");
+        let is_change = matches!(
+            name,
+            "write"
+                | "rename"
+                | "remove"
+                | "prune"
+                | "remove directory"
+                | "make directory"
+                | "create"
+                | "replace"
+        );
         let mut log = self.log.lock().unwrap();
         let (call, change) = (log.calls.len(), log.changes);
         log.changes += usize::from(is_change);
@@ -126,6 +136,26 @@ impl Store for Faulty {
 
     fn prune(&self, prefix: &Path) -> Result<()> {
         self.call("prune", prefix, |store| store.prune(prefix))
+    }
+
+    fn directory_changed(&self, path: &Path) -> Result<Option<SystemTime>> {
+        self.call("look at directory", path, |store| store.directory_changed(path))
+    }
+
+    fn remove_directory(&self, path: &Path) -> Result<bool> {
+        self.call("remove directory", path, |store| store.remove_directory(path))
+    }
+
+    fn make_directory(&self, path: &Path) -> Result<()> {
+        self.call("make directory", path, |store| store.make_directory(path))
+    }
+
+    fn create(&self, path: &Path, content: &[u8]) -> Result<()> {
+        self.call("create", path, |store| store.create(path, content))
+    }
+
+    fn replace(&self, path: &Path, content: &[u8], saved: &Path) -> Result<()> {
+        self.call("replace", path, |store| store.replace(path, content, saved))
     }
 
     fn sync(&self) -> Result<()> {
