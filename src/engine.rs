@@ -44,6 +44,12 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What a control file says about the last command, so that nobody takes it for the answer to another one.
+fn answer_to(command: &str, answer: &str) -> String {
+    let lines: String = answer.lines().map(|line| format!("  {line}\n")).collect();
+    format!("answer to {:?} at {}:\n{lines}", command.trim(), timestamp(SystemTime::now()))
+}
+
 /// A mounted registry.
 pub struct Engine {
     store: Arc<dyn Store>,
@@ -302,7 +308,10 @@ impl Engine {
     }
 
     fn trash_text(&self) -> String {
-        let answer = locked(&self.reports).trash.clone().unwrap_or_default();
+        let answer = match &locked(&self.reports).trash {
+            Some(answer) => answer.clone() + "\nin the trash now:\n",
+            None => String::new(),
+        };
         match trash::summaries(&*self.store) {
             Ok(summaries) => answer + &View::trash_table(&summaries),
             Err(e) => format!("{answer}{e}\n"),
@@ -366,7 +375,9 @@ impl Engine {
                 Node::ControlGc if !matches!(e, Error::Busy { .. } | Error::Unfinished { .. }) => {
                     reports.gc = answer
                 }
-                Node::ControlTrash if !matches!(e, Error::Unfinished { .. }) => reports.trash = Some(answer),
+                Node::ControlTrash if !matches!(e, Error::Unfinished { .. }) => {
+                    reports.trash = Some(answer_to(text, &answer))
+                }
                 _ => {}
             }
         }
@@ -449,7 +460,7 @@ impl Engine {
         };
         self.publish_anew();
         self.note(author, action, &what, answer.lines().last().unwrap_or("done"));
-        locked(&self.reports).trash = Some(answer);
+        locked(&self.reports).trash = Some(answer_to(text, &answer));
         match is_complete {
             true => Ok(()),
             false => Err(Error::Unfinished { see: "control/trash" }),

@@ -137,8 +137,9 @@ pub fn purge_trash(
     selection: &Selection,
 ) -> Result<Purged> {
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
-    give_back(store, tables)?;
-    trash::purge::purge(store, &selection.of(store, SystemTime::now())?)
+    let (_, restored) = give_back(store, tables)?;
+    let purged = trash::purge::purge(store, &selection.of(store, SystemTime::now())?)?;
+    Ok(Purged { restored, ..purged })
 }
 
 /// Looks at the store and gives back what is in use again; the catalog afterwards, and what came back.

@@ -253,10 +253,19 @@ fn the_trash_is_listed_undone_and_purged() {
 }
 
 #[test]
-fn purge_without_a_name_empties_the_trash() {
+fn the_whole_trash_is_purged_only_on_request() {
     let store = store();
     gc(store.root(), &["--grace", "0"]);
-    run(&["trash", text(store.root()), "purge"]).exits(0);
+    let kept = transactions(store.root());
+    // What `purge $ID` and `purge "$ID"` are when the variable is empty.
+    for words in
+        [&["purge"][..], &["purge", ""], &["purge", &kept[0], "--all"], &["purge", "--all", "--older", "0"]]
+    {
+        regfs(["trash", text(store.root())]).args(words).outcome().exits(2);
+        assert_eq!(transactions(store.root()), kept);
+    }
+    run(&["trash", text(store.root()), "purge"]).exits(2).says("--all");
+    run(&["trash", text(store.root()), "purge", "--all"]).exits(0);
     assert_eq!(transactions(store.root()), [""; 0]);
     let left: Vec<PathBuf> =
         walk(&store.path(".regfs")).into_iter().filter(|path| path.ends_with("data")).collect();

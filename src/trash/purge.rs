@@ -29,6 +29,8 @@ pub struct Purged {
     pub kept: Vec<String>,
     /// Bytes freed.
     pub bytes: u64,
+    /// What was given back before, because it is in use again.
+    pub restored: Vec<PathBuf>,
     /// What could not be removed.
     pub failures: Vec<Error>,
 }
@@ -37,6 +39,9 @@ impl Purged {
     /// What was done, for people.
     pub fn text(&self) -> String {
         let mut text = String::new();
+        for path in &self.restored {
+            text += &format!("given back: {} is in use again\n", path.display());
+        }
         for failure in &self.failures {
             text += &format!("failed: {failure}\n");
         }
