@@ -23,6 +23,7 @@ use std::time::{Duration, SystemTime};
 use crate::catalog::scan::scan_strictly;
 use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
+pub use crate::progress::{Progress, Unwatched};
 use crate::store::Store;
 use crate::trash::purge::Purged;
 use crate::trash::undo::Undone;
@@ -56,27 +57,6 @@ impl Default for Options {
     }
 }
 
-/// Where a run is, for whoever watches, and how to stop it.
-pub trait Progress: Sync {
-    /// A phase begins; `total` things are to be done in it, 0 where that is not known.
-    fn phase(&self, name: &'static str, total: usize);
-    /// One thing is done.
-    fn step(&self);
-    /// Asked between two steps; a run that is told to stop ends cleanly.
-    fn is_stopped(&self) -> bool;
-}
-
-/// Nobody watches.
-pub struct Unwatched;
-
-impl Progress for Unwatched {
-    fn phase(&self, _name: &'static str, _total: usize) {}
-    fn step(&self) {}
-    fn is_stopped(&self) -> bool {
-        false
-    }
-}
-
 /// How long a run waits for another regfs that changes the store.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
@@ -96,12 +76,14 @@ pub fn run(
     if options.dry_run {
         progress.phase("mark", 0);
         let catalog = scan_strictly(store, tables, None)?;
+        progress.phase("plan", 0);
         let plan = Plan::new(store, &catalog, &policy)?;
         return Ok(Report::new(Mode::DryRun, options, &catalog, &plan));
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("mark", 0);
     let (catalog, restored) = give_back(store, tables)?;
+    progress.phase("plan", 0);
     let plan = Plan::new(store, &catalog, &policy)?;
 
     progress.phase("re-check", 0);
@@ -116,7 +98,6 @@ pub fn run(
     report.set_taken(tables, &plan, taken);
 
     // Things were taken by now: whatever fails from here on belongs into the report of that.
-    progress.phase("purge", 0);
     if let Err(e) = finish(store, tables, options, policy.now, progress, &mut report) {
         report.failures.push(e.to_string());
     }
@@ -138,7 +119,8 @@ pub fn purge_trash(
 ) -> Result<Purged> {
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     let (_, restored) = give_back(store, tables)?;
-    let purged = trash::purge::purge(store, &selection.of(store, SystemTime::now())?)?;
+    let doomed = selection.of(store, SystemTime::now())?;
+    let purged = trash::purge::purge(store, &doomed, &Unwatched)?;
     Ok(Purged { restored, ..purged })
 }
 
@@ -158,6 +140,7 @@ fn finish(
     progress: &dyn Progress,
     report: &mut Report,
 ) -> Result<()> {
+    progress.phase("look back", 0);
     report.set_restored(&give_back(store, tables)?.1);
     if progress.is_stopped() {
         return Ok(());
@@ -175,7 +158,7 @@ fn finish(
         doomed.dedup();
     }
     if !doomed.is_empty() {
-        let purged = trash::purge::purge(store, &doomed)?;
+        let purged = trash::purge::purge(store, &doomed, progress)?;
         report.set_purged(purged, options.now);
     }
     Ok(())

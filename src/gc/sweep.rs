@@ -71,7 +71,8 @@ pub fn take(
                 }
             }
         }
-        progress.step();
+        progress.step(1);
+        progress.bytes(item.bytes);
     }
     if taken.items.is_empty() {
         // Everything was gone or failed: an empty transaction would only puzzle people.
