@@ -22,7 +22,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::catalog::scan::scan;
 use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
-use crate::gc::report::timestamp;
+use crate::gc::report::{Place, timestamp};
 use crate::gc::{self, Options, guard};
 use crate::progress::Watched;
 use crate::store::Store;
@@ -424,9 +424,12 @@ impl Engine {
             &what,
             if report.is_complete() { "done" } else { "finished with failures" },
         );
-        locked(&self.reports).gc = report.text();
+        let text = report.text(Place::ControlFile, report.details_for_control_file());
+        let is_complete = report.is_complete();
+        drop(report);
+        locked(&self.reports).gc = text;
         drop(running);
-        match report.is_complete() {
+        match is_complete {
             true => Ok(()),
             false => Err(Error::Unfinished { see: "control/gc" }),
         }

@@ -18,6 +18,7 @@ pub mod report;
 pub mod sweep;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::catalog::scan::scan_strictly;
@@ -78,7 +79,7 @@ pub fn run(
         let catalog = scan_strictly(store, tables, None)?;
         progress.phase("plan", 0);
         let plan = Plan::new(store, &catalog, &policy)?;
-        return Ok(Report::new(Mode::DryRun, options, &catalog, &plan));
+        return Report::new(store, Mode::DryRun, options, policy.now, &catalog, Arc::new(plan));
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("mark", 0);
@@ -88,19 +89,20 @@ pub fn run(
 
     progress.phase("re-check", 0);
     let catalog = scan_strictly(store, tables, Some(&catalog))?;
-    let plan = plan.confirmed_by(Plan::new(store, &catalog, &policy)?);
+    let plan = Arc::new(plan.confirmed_by(Plan::new(store, &catalog, &policy)?));
     if progress.is_stopped() {
         return Err(Error::Busy { why: "stopped before the first change".to_string() });
     }
-    let mut report = Report::new(Mode::Sweep, options, &catalog, &plan);
+    let mut report = Report::new(store, Mode::Sweep, options, policy.now, &catalog, plan.clone())?;
     report.set_restored(&restored);
     let taken = sweep::take(store, &catalog, &plan, options, author, progress)?;
-    report.set_taken(tables, &plan, taken);
+    report.set_taken(taken);
 
     // Things were taken by now: whatever fails from here on belongs into the report of that.
     if let Err(e) = finish(store, tables, options, policy.now, progress, &mut report) {
         report.failures.push(e.to_string());
     }
+    report.finished_at = SystemTime::now();
     Ok(report)
 }
 
@@ -143,6 +145,7 @@ fn finish(
     progress.phase("look back", 0);
     report.set_restored(&give_back(store, tables)?.1);
     if progress.is_stopped() {
+        report.is_stopped = true;
         return Ok(());
     }
     let left = trash::ids(store)?;

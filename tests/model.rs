@@ -900,9 +900,10 @@ impl World {
     /// Asserts that a sweep without grace would take exactly what the model calls garbage.
     fn dry_run(&self, untagged: bool) -> Verdict {
         let options = Options { dry_run: true, untagged, grace: Duration::ZERO, ..Options::default() };
-        let report = gc::run(&*self.store, &Tables::default(), &options, &author(), &Unwatched);
-        let taken: BTreeSet<PathBuf> =
-            report.map_err(|e| e.to_string())?.taken.into_iter().map(|item| item.path).collect();
+        let tables = Tables::default();
+        let report = gc::run(&*self.store, &tables, &options, &author(), &Unwatched);
+        let report = report.map_err(|e| e.to_string())?;
+        let taken: BTreeSet<PathBuf> = report.taken().map(|item| item.path(&tables)).collect();
         let garbage = self.model.garbage(untagged, 0);
         let expected = garbage.iter().flat_map(|item| self.model.files(item, &self.model.store[item]));
         let expected: BTreeSet<PathBuf> = expected.map(|(path, _)| path).collect();

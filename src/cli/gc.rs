@@ -1,15 +1,17 @@
 //! `regfs gc`
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
-use super::{Environment, Outcome, duration, open, print, typed};
+use super::output::OutputArgs;
+use super::progress::Watcher;
+use super::{Environment, Outcome, duration, open, typed};
 use crate::catalog::Tables;
 use crate::error::{Error, Result};
-use crate::gc::{self, Options, Unwatched};
+use crate::gc::{self, Options};
 use crate::trash::Author;
 
 /// Collect garbage into the trash, or say what there is.
@@ -35,9 +37,8 @@ pub(super) struct GcArgs {
     /// Free the bytes at once; for a registry that is stopped or read-only
     #[arg(long)]
     now: bool,
-    /// Print the report as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environment<'_>) -> Result<Outcome> {
@@ -50,13 +51,13 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
         now: args.now,
     };
     let author = Author::current(&typed(typed_args));
-    let report = gc::run(&store, &Tables::default(), &options, &author, &Unwatched)?;
-    match args.json {
-        true => {
-            let json = serde_json::to_string_pretty(&report);
-            print(&(json.map_err(|e| Error::io("write", Path::new("the report"), e))? + "\n"))?;
-        }
-        false => print(&report.text())?,
+    let watcher = Watcher::new(args.output.verbose)?;
+    let report = gc::run(&store, &Tables::default(), &options, &author, &*watcher);
+    watcher.finish();
+    let report = report?;
+    args.output.print(&report, &args.store)?;
+    if report.is_stopped {
+        return Err(Error::invalid(format!("stopped by a signal: {}", report.outcome())));
     }
     Ok(if report.is_complete() { Outcome::Done } else { Outcome::Unfinished })
 }
