@@ -297,7 +297,7 @@ impl Engine {
 
     fn trash_text(&self) -> String {
         let answer = match &locked(&self.reports).trash {
-            Some(answer) => answer.clone() + "\nin the trash now:\n",
+            Some(answer) => answer.clone() + "\nthe trash now:\n",
             None => String::new(),
         };
         match trash::summaries(&*self.store) {

@@ -244,3 +244,80 @@ impl Total {
         self.bytes += bytes;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::catalog::Tables;
+    use crate::digest::{Algorithm, Digest};
+    use crate::gc::{self, Progress};
+    use crate::layout;
+    use crate::store::memory::Memory;
+    use crate::trash::Author;
+
+    /// A registry of nothing but so many blobs of garbage, and a push in progress.
+    fn store(garbage: usize) -> Memory {
+        let store = Memory::default();
+        store.write(&layout::repository("app".as_ref()).join("_uploads/1/startedat"), b"").unwrap();
+        for number in 0..garbage {
+            let content = format!("garbage {number}");
+            let digest = Digest::of(Algorithm::Sha256, content.as_bytes());
+            store.write(&layout::blob_data(&digest), content.as_bytes()).unwrap();
+        }
+        store
+    }
+
+    fn author() -> Author {
+        Author { uid: 0, pid: 1, command: "test".to_string() }
+    }
+
+    fn options() -> Options {
+        Options { grace: Duration::ZERO, ..Options::default() }
+    }
+
+    /// Told to stop after so many steps.
+    struct StopsAfter(AtomicUsize);
+
+    impl Progress for StopsAfter {
+        fn phase(&self, _name: &'static str, _total: usize) {}
+        fn step(&self, count: usize) {
+            self.0.fetch_sub(count, Ordering::Relaxed);
+        }
+        fn is_stopped(&self) -> bool {
+            self.0.load(Ordering::Relaxed) == 0
+        }
+    }
+
+    #[test]
+    fn a_run_that_was_stopped_says_what_it_took_and_the_next_takes_the_rest() {
+        let store = store(10);
+        let stops = StopsAfter(AtomicUsize::new(3));
+        let report = gc::run(&store, &Tables::default(), &options(), &author(), &stops).unwrap();
+        assert!(report.is_stopped && report.is_complete() && report.transaction.is_some());
+        assert_eq!(report.taken().count(), 3);
+        assert_eq!(report.quarantined_bytes, 27);
+        let text = report.text(Place::ControlFile, Details::Everything);
+        assert!(text.contains("took 3 blobs (27 B)") && text.contains("\nstopped before the end"), "{text}");
+        assert_eq!(text.lines().filter(|line| line.starts_with("blob ")).count(), 3, "{text}");
+
+        let report = gc::run(&store, &Tables::default(), &options(), &author(), &gc::Unwatched).unwrap();
+        assert!(!report.is_stopped);
+        assert_eq!(report.taken().count(), 7);
+    }
+
+    #[test]
+    fn a_control_file_lists_single_things_where_they_are_few() {
+        let details = |garbage: usize| {
+            let store = store(garbage);
+            let options = Options { dry_run: true, ..options() };
+            let report = gc::run(&store, &Tables::default(), &options, &author(), &gc::Unwatched).unwrap();
+            report.details_for_control_file()
+        };
+        assert_eq!(details(1000), Details::Everything);
+        assert_eq!(details(1001), Details::Totals);
+    }
+}
