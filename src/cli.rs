@@ -5,6 +5,8 @@
 
 mod gc;
 mod mount;
+mod output;
+mod progress;
 mod sample;
 mod trash;
 

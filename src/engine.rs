@@ -15,15 +15,16 @@
 mod journal;
 mod remove;
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::catalog::scan::scan;
 use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
-use crate::gc::report::timestamp;
-use crate::gc::{self, Options, Progress, guard};
+use crate::gc::report::{Place, timestamp};
+use crate::gc::{self, Options, guard};
+use crate::progress::Watched;
 use crate::store::Store;
 use crate::trash::{self, Author};
 use crate::view::control::{self, GcCommand, TrashCommand};
@@ -42,6 +43,12 @@ const LOCK_WAIT: Duration = Duration::from_secs(2);
 /// A poisoned lock is taken all the same: what it guards is replaced as a whole or only shown to people.
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a control file says about the last command, so that nobody takes it for the answer to another one.
+fn answer_to(command: &str, answer: &str) -> String {
+    let lines: String = answer.lines().map(|line| format!("  {line}\n")).collect();
+    format!("answer to {:?} at {}:\n{lines}", command.trim(), timestamp(SystemTime::now()))
 }
 
 /// A mounted registry.
@@ -81,6 +88,13 @@ struct Status {
     phase: &'static str,
     done: usize,
     total: usize,
+    /// Bytes dealt with in this phase.
+    bytes: u64,
+    /// When the run began, RFC 3339, and how long ago that was; `null` when none runs.
+    started_at: Option<String>,
+    elapsed_seconds: Option<f64>,
+    /// How long this phase may yet take; `null` where that is not known.
+    eta_seconds: Option<f64>,
     last_error: Option<String>,
     pid: u32,
     version: &'static str,
@@ -101,10 +115,7 @@ struct Status {
 #[derive(Default)]
 struct Run {
     is_running: AtomicBool,
-    is_stopped: AtomicBool,
-    phase: Mutex<&'static str>,
-    total: AtomicUsize,
-    done: AtomicUsize,
+    watched: Watched,
 }
 
 /// The collection is over when this goes, also by a panic.
@@ -113,23 +124,6 @@ struct Running<'a>(&'a Run);
 impl Drop for Running<'_> {
     fn drop(&mut self) {
         self.0.is_running.store(false, Ordering::SeqCst);
-    }
-}
-
-impl Progress for Run {
-    fn phase(&self, name: &'static str, total: usize) {
-        log::debug!("collection: {name}");
-        *locked(&self.phase) = name;
-        self.total.store(total, Ordering::Relaxed);
-        self.done.store(0, Ordering::Relaxed);
-    }
-
-    fn step(&self) {
-        self.done.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn is_stopped(&self) -> bool {
-        self.is_stopped.load(Ordering::Relaxed)
     }
 }
 
@@ -302,7 +296,10 @@ impl Engine {
     }
 
     fn trash_text(&self) -> String {
-        let answer = locked(&self.reports).trash.clone().unwrap_or_default();
+        let answer = match &locked(&self.reports).trash {
+            Some(answer) => answer.clone() + "\nthe trash now:\n",
+            None => String::new(),
+        };
         match trash::summaries(&*self.store) {
             Ok(summaries) => answer + &View::trash_table(&summaries),
             Err(e) => format!("{answer}{e}\n"),
@@ -313,19 +310,16 @@ impl Engine {
         let snapshot = self.current();
         let is_running = self.run.is_running.load(Ordering::Relaxed);
         let cost = locked(&self.looked).cost;
-        let (phase, total, done) = match is_running {
-            true => (
-                *locked(&self.run.phase),
-                self.run.total.load(Ordering::Relaxed),
-                self.run.done.load(Ordering::Relaxed),
-            ),
-            false => ("", 0, 0),
-        };
+        let run = is_running.then(|| self.run.watched.look());
         let status = Status {
             state: if is_running { "running" } else { "idle" },
-            phase,
-            done,
-            total,
+            phase: run.map_or("", |r| r.phase),
+            done: run.map_or(0, |r| r.done),
+            total: run.map_or(0, |r| r.total),
+            bytes: run.map_or(0, |r| r.bytes),
+            started_at: run.map(|r| timestamp(r.started_at)),
+            elapsed_seconds: run.map(|r| r.elapsed.as_secs_f64()),
+            eta_seconds: run.and_then(|r| r.eta).map(|eta| eta.as_secs_f64()),
             last_error: locked(&self.reports).last_error.clone(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION"),
@@ -366,7 +360,9 @@ impl Engine {
                 Node::ControlGc if !matches!(e, Error::Busy { .. } | Error::Unfinished { .. }) => {
                     reports.gc = answer
                 }
-                Node::ControlTrash if !matches!(e, Error::Unfinished { .. }) => reports.trash = Some(answer),
+                Node::ControlTrash if !matches!(e, Error::Unfinished { .. }) => {
+                    reports.trash = Some(answer_to(text, &answer))
+                }
                 _ => {}
             }
         }
@@ -380,7 +376,7 @@ impl Engine {
                 if !self.run.is_running.load(Ordering::SeqCst) {
                     return Err(Error::invalid("no collection is running, so there is none to stop"));
                 }
-                self.run.is_stopped.store(true, Ordering::SeqCst);
+                self.run.watched.stop();
                 self.note(author, "command", "stop", "the collection ends after its current step");
                 Ok(())
             }
@@ -389,7 +385,7 @@ impl Engine {
                     let why = "a collection is running; see control/status, or write stop".to_string();
                     return Err(Error::Busy { why });
                 }
-                self.run.is_stopped.store(false, Ordering::SeqCst);
+                self.run.watched.begin();
                 if !background {
                     return self.collect(&options, author);
                 }
@@ -415,7 +411,7 @@ impl Engine {
     /// Runs a collection; `is_running` was set by the caller.
     fn collect(&self, options: &Options, author: &Author) -> Result<()> {
         let running = Running(&self.run);
-        let result = gc::run(&*self.store, &self.tables, options, author, &self.run);
+        let result = gc::run(&*self.store, &self.tables, options, author, &self.run.watched);
         if !options.dry_run {
             self.publish_anew();
         }
@@ -428,9 +424,12 @@ impl Engine {
             &what,
             if report.is_complete() { "done" } else { "finished with failures" },
         );
-        locked(&self.reports).gc = report.text();
+        let text = report.text(Place::ControlFile, report.details_for_control_file());
+        let is_complete = report.is_complete();
+        drop(report);
+        locked(&self.reports).gc = text;
         drop(running);
-        match report.is_complete() {
+        match is_complete {
             true => Ok(()),
             false => Err(Error::Unfinished { see: "control/gc" }),
         }
@@ -449,7 +448,7 @@ impl Engine {
         };
         self.publish_anew();
         self.note(author, action, &what, answer.lines().last().unwrap_or("done"));
-        locked(&self.reports).trash = Some(answer);
+        locked(&self.reports).trash = Some(answer_to(text, &answer));
         match is_complete {
             true => Ok(()),
             false => Err(Error::Unfinished { see: "control/trash" }),
@@ -458,7 +457,7 @@ impl Engine {
 
     /// Ends a collection that still runs, cleanly, and waits for it.
     pub fn end(&self) {
-        self.run.is_stopped.store(true, Ordering::SeqCst);
+        self.run.watched.stop();
         while self.run.is_running.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(10));
         }

@@ -29,6 +29,7 @@ use crate::catalog::cache::{self, Place};
 use crate::catalog::scan::{Depth, scan_once, scan_strictly};
 use crate::catalog::{Catalog, Effect, Keeps, Tables};
 use crate::error::{Error, Result};
+pub use crate::progress::{Progress, Unwatched};
 use crate::store::Store;
 use crate::trash::purge::Purged;
 use crate::trash::undo::Undone;
@@ -98,27 +99,6 @@ impl Default for Options {
     }
 }
 
-/// Where a run is, for whoever watches, and how to stop it.
-pub trait Progress: Sync {
-    /// A phase begins; `total` things are to be done in it, 0 where that is not known.
-    fn phase(&self, name: &'static str, total: usize);
-    /// One thing is done.
-    fn step(&self);
-    /// Asked between two steps; a run that is told to stop ends cleanly.
-    fn is_stopped(&self) -> bool;
-}
-
-/// Nobody watches.
-pub struct Unwatched;
-
-impl Progress for Unwatched {
-    fn phase(&self, _name: &'static str, _total: usize) {}
-    fn step(&self) {}
-    fn is_stopped(&self) -> bool {
-        false
-    }
-}
-
 /// How long a run waits for another regfs that changes the store.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
@@ -141,31 +121,33 @@ pub fn run(
         progress.phase("mark", 0);
         let catalog = judged(scan_once(store, tables, depth(options))?, options);
         save_cache(store, options, &catalog);
+        progress.phase("plan", 0);
         let plan = Plan::new(store, &catalog, &policy)?;
-        return Ok(Report::new(Mode::DryRun, options, &catalog, &plan));
+        return Report::new(store, Mode::DryRun, options, policy.now, &catalog, Arc::new(plan));
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("mark", 0);
     let (catalog, restored) = give_back(store, tables, options)?;
     save_cache(store, options, &catalog);
+    progress.phase("plan", 0);
     let plan = Plan::new(store, &catalog, &policy)?;
 
     progress.phase("re-check", 0);
     let catalog = judged(scan_strictly(store, tables, Some(&catalog))?, options);
-    let plan = plan.confirmed(store, &catalog, &policy)?;
+    let plan = Arc::new(plan.confirmed(store, &catalog, &policy)?);
     if progress.is_stopped() {
         return Err(Error::Busy { why: "stopped before the first change".to_string() });
     }
-    let mut report = Report::new(Mode::Sweep, options, &catalog, &plan);
+    let mut report = Report::new(store, Mode::Sweep, options, policy.now, &catalog, plan.clone())?;
     report.set_restored(&restored);
     let taken = sweep::take(store, &catalog, &plan, options, author, progress)?;
-    report.set_taken(tables, &plan, taken);
+    report.set_taken(taken);
 
     // Things were taken by now: whatever fails from here on belongs into the report of that.
-    progress.phase("purge", 0);
     if let Err(e) = finish(store, tables, options, policy.now, progress, &mut report) {
         report.failures.push(e.to_string());
     }
+    report.finished_at = SystemTime::now();
     Ok(report)
 }
 
@@ -197,8 +179,10 @@ pub fn purge_trash(
     selection: &Selection,
 ) -> Result<Purged> {
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
-    give_back(store, tables, &Options::default())?;
-    trash::purge::purge(store, &selection.of(store, SystemTime::now())?)
+    let (_, restored) = give_back(store, tables, &Options::default())?;
+    let doomed = selection.of(store, SystemTime::now())?;
+    let purged = trash::purge::purge(store, &doomed, &Unwatched)?;
+    Ok(Purged { restored, ..purged })
 }
 
 /// Looks at the store and gives back what is in use again; the catalog afterwards, and what came back.
@@ -235,8 +219,10 @@ fn finish(
     progress: &dyn Progress,
     report: &mut Report,
 ) -> Result<()> {
+    progress.phase("look back", 0);
     report.set_restored(&give_back(store, tables, options)?.1);
     if progress.is_stopped() {
+        report.is_stopped = true;
         return Ok(());
     }
     let left = trash::ids(store)?;
@@ -252,7 +238,7 @@ fn finish(
         doomed.dedup();
     }
     if !doomed.is_empty() {
-        let purged = trash::purge::purge(store, &doomed)?;
+        let purged = trash::purge::purge(store, &doomed, progress)?;
         report.set_purged(purged, options.now);
     }
     Ok(())

@@ -12,6 +12,7 @@ pub mod fuse;
 pub mod gc;
 pub mod layout;
 pub mod manifest;
+pub mod progress;
 pub mod registry_config;
 pub mod sample;
 pub mod store;

@@ -55,7 +55,7 @@ impl fmt::Display for Summary {
             count(self.repositories, "repository"),
             count(self.tags, "tag"),
             count(self.blobs, "blob"),
-            ByteSize(self.bytes).display().si()
+            ByteSize::b(self.bytes)
         )
     }
 }
@@ -699,7 +699,7 @@ mod tests {
         let link =
             fs::read_to_string(registry.join(layout::tag_link(Path::new("alpine"), OsStr::new("3.20"))));
         assert_eq!(link.unwrap(), "sha256:437d09ab50fc31440a4dcc75608bbffd19778b9a828b0f0730c8498da73541d9");
-        assert_eq!(summary.to_string(), "5 repositories, 11 tags, 36 blobs, 193.4 kB");
+        assert_eq!(summary.to_string(), "5 repositories, 11 tags, 36 blobs, 188.9 KiB");
     }
 
     #[test]

@@ -186,16 +186,130 @@ fn a_dry_run_changes_nothing_at_all() {
 }
 
 #[test]
-fn the_text_report_lists_what_the_json_report_lists() {
+fn the_text_report_is_short_and_lists_all_on_request() {
     let store = store();
     let arguments = ["gc", text(store.root()), "--dry-run", "--grace", "0"];
+    let line = format!("blob {} {} B: ", sha256(GARBAGE), GARBAGE.len());
     let outcome = run(&arguments).exits(0);
-    assert!(outcome.stdout.contains(&format!("blob {} {}", sha256(GARBAGE), GARBAGE.len())), "{outcome}");
-    assert!(outcome.stderr.is_empty(), "{outcome}");
+    assert!(!outcome.stdout.contains(&line) && outcome.stderr.is_empty(), "{outcome}");
+    let expected =
+        "a sweep would take 1 blob (7 B)\nnext: run this without --dry-run to move it to the trash\n";
+    assert!(outcome.stdout.ends_with(expected), "{outcome}");
+    let outcome = regfs(arguments).arg("--verbose").outcome().exits(0);
+    assert!(outcome.stdout.contains(&line), "{outcome}");
     let report = gc(store.root(), &["--dry-run", "--grace", "0"]);
     let [taken] = &report.taken[..] else { panic!("{report:?}") };
     assert_eq!((&*taken.kind, taken.bytes), ("blob", GARBAGE.len() as u64));
     assert!(!taken.reason.is_empty() && taken.path.contains("blobs/sha256/"), "{report:?}");
+}
+
+/// The JSON report of a dry run with these flags.
+fn json(store: &Store, flags: &[&str]) -> Value {
+    let outcome =
+        regfs(["gc"]).arg(store.root()).args(["--dry-run", "--format", "json"]).args(flags).outcome();
+    serde_json::from_str(&outcome.exits(0).stdout).unwrap()
+}
+
+/// The usage of a repository in a JSON report; `None` for what belongs to none.
+fn usage<'a>(report: &'a Value, name: Option<&str>) -> &'a Value {
+    let all = report["by_repository"].as_array().unwrap();
+    all.iter().find(|r| r["repository"].as_str() == name).unwrap_or_else(|| panic!("{name:?}: {report}"))
+}
+
+/// Bytes of these blobs.
+fn sizes<'a>(blobs: impl IntoIterator<Item = &'a Vec<u8>>) -> u64 {
+    blobs.into_iter().map(|b| b.len() as u64).sum()
+}
+
+#[test]
+fn a_blob_counts_for_each_repository_and_once_in_all() {
+    let store = store();
+    let image = image();
+    let whole = sizes(&image.blobs) + image.manifest.len() as u64;
+    store.push("copy", Some("1"), &image);
+    // Garbage that a repository has a link to is that repository's, too.
+    let linked = store.put_blob(b"linked garbage");
+    put(&store.layer_link("copy", &linked), linked.as_bytes());
+    // A manifest without a tag is its repository's, with what only it names.
+    let gone = Image::oci("gone", &[layer("gone", "1")]);
+    store.push("copy", None, &gone);
+
+    let report = json(&store, &["--grace", "0"]);
+    let gone_bytes = sizes(&gone.blobs) + gone.manifest.len() as u64;
+    assert_eq!(report["kept_bytes"], whole + gone_bytes);
+    assert_eq!(usage(&report, Some("app"))["kept_bytes"], whole);
+    assert_eq!(usage(&report, Some("copy"))["kept_bytes"], whole + gone_bytes);
+    assert_eq!(usage(&report, Some("app"))["taken_bytes"], 0);
+    assert_eq!(usage(&report, Some("copy"))["taken_bytes"], 14);
+    assert_eq!(usage(&report, None)["taken_bytes"], GARBAGE.len());
+
+    let report = json(&store, &["--grace", "0", "--untagged"]);
+    assert_eq!(report["kept_bytes"], whole);
+    assert_eq!(usage(&report, Some("copy"))["kept_bytes"], whole);
+    assert_eq!(usage(&report, Some("copy"))["taken_bytes"], 14 + gone_bytes);
+    assert_eq!(usage(&report, Some("copy"))["manifests_taken"], 1);
+
+    let report = json(&store, &["--grace", "1h"]);
+    assert_eq!(usage(&report, Some("copy"))["young_bytes"], 14);
+    assert_eq!(report["young_bytes"], 14 + GARBAGE.len());
+    assert_eq!(report["grace_seconds"], 3600);
+}
+
+#[test]
+fn a_problem_says_how_much_it_holds_back() {
+    let store = store();
+    let lost = Image::oci("lost", &[layer("lost", "1")]);
+    store.push("broken", Some("1"), &lost);
+    fs::write(store.blob(&lost.digest()), b"{").unwrap();
+    // Nothing but the damage keeps the config and the layer; the damaged bytes themselves have a revision.
+    let report = json(&store, &["--grace", "0"]);
+    let [problem] = &report["problems"].as_array().unwrap()[..] else { panic!("{report}") };
+    assert_eq!(problem["held_back_bytes"], sizes(&lost.blobs), "{report}");
+    let told = run(&["gc", text(store.root()), "--dry-run"]).exits(0).stdout;
+    assert!(told.starts_with("1 problem:") && told.contains("; that holds back "), "{told}");
+    // What something else needs as well is not held back.
+    store.push("whole", Some("1"), &Image::oci("lost", &[layer("lost", "1"), layer("more", "1")]));
+    let report = json(&store, &["--grace", "0"]);
+    assert!(report["problems"][0]["held_back_bytes"].as_u64().unwrap() < sizes(&lost.blobs), "{report}");
+}
+
+#[test]
+fn the_document_has_the_fields_of_the_json_report() {
+    let store = store();
+    store.push("app", None, &Image::oci("gone", &[layer("gone", "1")]));
+    put(&store.repository("app", "_manifests/tags/odd/current/link"), b"no digest");
+    let mut report = json(&store, &["--grace", "0", "--untagged"]);
+    report["kept_young"] = json(&store, &["--grace", "1h"])["kept_young"].clone();
+    let mut printed = BTreeSet::new();
+    for (name, value) in report.as_object().unwrap() {
+        printed.insert(name.clone());
+        let entry = value.as_array().and_then(|list| list.first()).and_then(Value::as_object);
+        printed.extend(entry.into_iter().flatten().map(|(field, _)| format!("{name}[].{field}")));
+    }
+    let document = include_str!("../docs/report.md");
+    let rows = document.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+    let documented: BTreeSet<String> = rows.map(|(name, _)| name.to_string()).collect();
+    assert_eq!(printed, documented);
+    assert_eq!(report["schema"], 1);
+}
+
+#[test]
+fn a_run_that_waits_ends_with_its_first_signal() {
+    let store = store();
+    let lock = store.path(".regfs/lock");
+    put(&lock, b"");
+    let held = fs::File::open(&lock).unwrap();
+    rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let before = snapshot(store.root());
+    let line = format!(
+        "'{}' gc '{}' --grace 0 & pid=$!; \
+         until grep -q 'SigCgt:.*[2367abef]$' /proc/$pid/status; do sleep 0.01; done; kill -INT $pid; wait $pid",
+        env!("CARGO_BIN_EXE_regfs"),
+        text(store.root())
+    );
+    let outcome = sh(Path::new("/"), &line).outcome().exits(1);
+    assert_eq!((&*outcome.stdout, &*outcome.stderr), ("", "regfs: stopped before anything was taken\n"));
+    assert_eq!(snapshot(store.root()), before);
 }
 
 #[test]
@@ -253,10 +367,19 @@ fn the_trash_is_listed_undone_and_purged() {
 }
 
 #[test]
-fn purge_without_a_name_empties_the_trash() {
+fn the_whole_trash_is_purged_only_on_request() {
     let store = store();
     gc(store.root(), &["--grace", "0"]);
-    run(&["trash", text(store.root()), "purge"]).exits(0);
+    let kept = transactions(store.root());
+    // What `purge $ID` and `purge "$ID"` are when the variable is empty.
+    for words in
+        [&["purge"][..], &["purge", ""], &["purge", &kept[0], "--all"], &["purge", "--all", "--older", "0"]]
+    {
+        regfs(["trash", text(store.root())]).args(words).outcome().exits(2);
+        assert_eq!(transactions(store.root()), kept);
+    }
+    run(&["trash", text(store.root()), "purge"]).exits(2).says("--all");
+    run(&["trash", text(store.root()), "purge", "--all"]).exits(0);
     assert_eq!(transactions(store.root()), [""; 0]);
     let left: Vec<PathBuf> =
         walk(&store.path(".regfs")).into_iter().filter(|path| path.ends_with("data")).collect();

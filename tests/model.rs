@@ -969,9 +969,11 @@ impl World {
     fn dry_run(&self, untagged: bool) -> Verdict {
         let looks = Options { dry_run: true, thorough: true, uploads: NEVER, ..Options::default() };
         let options = Options { untagged, grace: Duration::ZERO, ..looks };
-        let report = gc::run(&*self.store, &Tables::default(), &options, &author(), &Unwatched);
-        let taken = report.map_err(|e| e.to_string())?.taken.into_iter().filter(|item| item.kind.is_moved());
-        let taken: BTreeSet<PathBuf> = taken.map(|item| item.path).collect();
+        let tables = Tables::default();
+        let report = gc::run(&*self.store, &tables, &options, &author(), &Unwatched);
+        let report = report.map_err(|e| e.to_string())?;
+        let moved = report.taken().filter(|item| item.kind().is_moved());
+        let taken: BTreeSet<PathBuf> = moved.map(|item| item.path(&tables)).collect();
         let garbage = self.model.garbage(untagged, 0);
         let facts = |item: &Item| self.model.store.get(item).cloned().unwrap_or_default();
         let expected = garbage.iter().flat_map(|item| self.model.files(item, &facts(item)));

@@ -63,7 +63,7 @@ fn run_with(store: &dyn Store, options: &Options) -> Report {
 
 /// What a dry run of these words would take, as paths.
 fn taken(store: &dyn Store, words: &str) -> BTreeSet<PathBuf> {
-    run(store, &format!("dry-run thorough {words}")).taken.into_iter().map(|item| item.path).collect()
+    run(store, &format!("dry-run thorough {words}")).taken_paths().collect()
 }
 
 #[test]
@@ -208,7 +208,7 @@ fn what_is_about_an_image_that_is_gone_goes_when_asked() {
     put_image(&store, "app", Some(&format!("sha256-{}.sig", hex(&sha256(b"young")))), &image("young"));
     store.set_clock(long_ago());
 
-    assert_eq!(run(&*store, "dry-run").taken.len(), 0, "nothing of it is garbage by itself");
+    assert_eq!(run(&*store, "dry-run").taken().count(), 0, "nothing of it is garbage by itself");
     let before = store.snapshot();
     let live = Live::of(&before);
     assert_eq!(live.lacks, BTreeSet::new());
@@ -249,21 +249,20 @@ fn broken() -> (Arc<Memory>, Image) {
 fn repairs_are_shown_when_looked_for_and_made_when_asked() {
     let (store, image) = broken();
     let before = store.snapshot();
-    assert_eq!(run(&*store, "dry-run").repairs.len(), 0, "not looked for");
-    let shown = run(&*store, "dry-run thorough grace=0").repairs;
+    assert_eq!(run(&*store, "dry-run").repairs().count(), 0, "not looked for");
+    let shown = run(&*store, "dry-run thorough grace=0");
     let layers: Vec<PathBuf> = image.blobs[1..].iter().map(|b| layer_link("app", &sha256(b))).collect();
     let mut expected = vec![revision_link("app", &image.digest()), tag_link("app", "1")];
     expected.extend(layers);
-    let paths = |repairs: &[gc::report::ReportedRepair]| -> BTreeSet<PathBuf> {
-        repairs.iter().map(|r| r.path.clone()).collect()
-    };
+    let paths =
+        |report: &Report| -> BTreeSet<PathBuf> { report.repairs().map(|(r, _)| r.path.clone()).collect() };
     // What can't be parsed leads nowhere, so a manifest whose link is broken names its layers all the same.
     assert_eq!(paths(&shown), expected.iter().cloned().collect());
     run(&*store, "sweep grace=0");
     assert!(store.snapshot() == before, "not asked for");
 
     let report = run(&*store, "sweep repair");
-    assert!(report.repairs.iter().all(|r| r.done), "{:?}", report.repairs);
+    assert!(report.repairs().all(|(_, is_done)| is_done), "{:?}", report.repairs().collect::<Vec<_>>());
     let after = store.snapshot();
     assert_eq!(Live::of(&after).lacks, BTreeSet::new());
     assert_eq!(*after[&tag_link("app", "1")], *image.digest().as_bytes());
@@ -271,7 +270,7 @@ fn repairs_are_shown_when_looked_for_and_made_when_asked() {
     let taken: BTreeSet<PathBuf> = trash(&after).into_values().flatten().collect();
     assert_eq!(taken, expected[..4].iter().cloned().collect());
     assert!(everything(&before).is_subset(&everything(&after)));
-    assert_eq!(run(&*store, "dry-run thorough grace=0").repairs.len(), 0);
+    assert_eq!(run(&*store, "dry-run thorough grace=0").repairs().count(), 0);
     // An undo does not break it again: what was broken stays in the trash, for whoever wants to see it.
     let id = trash(&after).into_keys().next().unwrap();
     let undone = gc::undo(&*store, &author(), &id).unwrap();
@@ -291,14 +290,14 @@ fn what_could_be_in_the_middle_of_a_push_is_not_repaired() {
     put_tag(&store, "app", "gone", &sha256(b"gone"));
     put(&store, tag_link("app", "gone"), b"");
     let paths: BTreeSet<PathBuf> =
-        run(&*store, "dry-run repair").repairs.into_iter().map(|r| r.path).collect();
+        run(&*store, "dry-run repair").repairs().map(|(r, _)| r.path.clone()).collect();
     for tag in ["1", "moved", "gone"] {
         assert!(!paths.contains(&tag_link("app", tag)), "{tag}");
     }
     assert!(paths.contains(&revision_link("app", &image.digest())));
     // Without grace the first can be told.
     let paths: BTreeSet<PathBuf> =
-        run(&*store, "dry-run repair grace=0").repairs.into_iter().map(|r| r.path).collect();
+        run(&*store, "dry-run repair grace=0").repairs().map(|(r, _)| r.path.clone()).collect();
     assert!(paths.contains(&tag_link("app", "1")) && !paths.contains(&tag_link("app", "moved")));
     assert!(!paths.contains(&tag_link("app", "gone")));
 }

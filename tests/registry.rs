@@ -107,6 +107,44 @@ fn the_seed_story() {
 }
 
 #[test]
+fn the_distribution_format_has_the_lines_of_the_stock_collector() {
+    if !have(NEEDS) {
+        return;
+    }
+    let registry = Registry::start();
+    registry.push("library/busybox", Some("1.36"), &busybox());
+    registry.push("library/busybox", Some("latest"), &busybox());
+    registry.push("multi", Some("1"), &multi_arch());
+    let (one, two) = pair();
+    registry.push("app", Some("1"), &one);
+    registry.push("app", Some("2"), &two);
+    registry.push_blob("app", b"garbage with a link");
+    let compare = |theirs: &[&str], ours: &[&str]| {
+        let stock = registry.stock_report(theirs);
+        let mut command = regfs(["gc"]);
+        command.arg(registry.config()).args(["--dry-run", "--grace", "0", "--format", "distribution"]);
+        let outcome = command.args(ours).outcome().exits(0);
+        // 2.x knows nothing of layer links; the order of repositories and of blobs is nobody's promise.
+        let is_known = |line: &&str| !line.contains(": layer link eligible for deletion: ");
+        let sorted = |text: &str| {
+            let mut lines: Vec<String> = text.lines().filter(is_known).map(String::from).collect();
+            lines.sort();
+            lines
+        };
+        assert_eq!(sorted(&outcome.stdout), sorted(&stock), "{stock}\n{outcome}");
+        assert_eq!(outcome.stderr, "", "{outcome}");
+        outcome.stdout
+    };
+    let stdout = compare(&[], &[]);
+    let link = format!("app: layer link eligible for deletion: {}", sha256(b"garbage with a link"));
+    assert!(stdout.lines().any(|line| line == link), "{stdout}");
+    // Untagged manifests, where stock judges as we do: not below an index.
+    registry.api("DELETE", &format!("multi/manifests/{}", multi_arch().digest()), &[], &[]).is(202);
+    registry.push("app", Some("1"), &two);
+    compare(&["-m"], &["--untagged"]);
+}
+
+#[test]
 fn a_manifest_lives_as_long_as_one_of_its_tags() {
     if !have(NEEDS) {
         return;

@@ -2,16 +2,18 @@
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
-use super::{Environment, Outcome, duration, open, print, typed};
+use super::output::OutputArgs;
+use super::progress::Watcher;
+use super::{Environment, Outcome, duration, open, typed};
 use crate::catalog::Tables;
 use crate::catalog::cache::Place;
 use crate::error::{Error, Result};
-use crate::gc::{self, Options, Unwatched};
+use crate::gc::{self, Options};
 use crate::trash::Author;
 use crate::view::control::{parse_glob, parse_referrers};
 
@@ -68,9 +70,8 @@ pub(super) struct GcArgs {
     /// Neither use nor write the cache of parsed manifests
     #[arg(long, conflicts_with = "cache_dir")]
     no_cache: bool,
-    /// Print the report as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environment<'_>) -> Result<Outcome> {
@@ -97,13 +98,13 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
     };
     let author = Author::current(&typed(typed_args));
     let tables = Tables::new(args.threads);
-    let report = gc::run(&store, &tables, &options, &author, &Unwatched)?;
-    match args.json {
-        true => {
-            let json = serde_json::to_string_pretty(&report);
-            print(&(json.map_err(|e| Error::io("write", Path::new("the report"), e))? + "\n"))?;
-        }
-        false => print(&report.text())?,
+    let watcher = Watcher::new(args.output.verbose)?;
+    let report = gc::run(&store, &tables, &options, &author, &*watcher);
+    watcher.finish();
+    let report = report?;
+    args.output.print(&report, &args.store)?;
+    if report.is_stopped {
+        return Err(Error::invalid(format!("stopped by a signal: {}", report.outcome())));
     }
     Ok(if report.is_complete() { Outcome::Done } else { Outcome::Unfinished })
 }

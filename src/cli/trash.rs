@@ -36,12 +36,17 @@ enum TrashCommand {
         id: String,
     },
     /// Free the bytes for good: of one transaction, of old ones, or of all
+    #[command(group = clap::ArgGroup::new("which").required(true))]
     Purge {
-        /// As `list` shows it; all if neither this nor --older is given
+        /// As `list` shows it
+        #[arg(group = "which", value_parser = clap::builder::NonEmptyStringValueParser::new())]
         id: Option<String>,
         /// Only transactions that began longer ago than this
-        #[arg(long, value_name = "AGE", value_parser = duration, conflicts_with = "id")]
+        #[arg(long, group = "which", value_name = "AGE", value_parser = duration)]
         older: Option<Duration>,
+        /// The whole trash: nothing of it can be undone afterwards
+        #[arg(long, group = "which")]
+        all: bool,
     },
 }
 
@@ -69,10 +74,11 @@ pub(super) fn run(
             print(&undone.text(id))?;
             Ok(if undone.missing.is_empty() { Outcome::Done } else { Outcome::Unfinished })
         }
-        TrashCommand::Purge { id, older } => {
+        TrashCommand::Purge { id, older, all: _ } => {
             let selection = match (id, older) {
                 (Some(id), _) => Selection::One(id.clone()),
                 (None, Some(age)) => Selection::Older(*age),
+                // Nothing else passes clap but --all.
                 (None, None) => Selection::All,
             };
             let purged = gc::purge_trash(&store, &Tables::default(), &author, &selection)?;

@@ -111,7 +111,7 @@ fn give_back_from(
     for (_, path) in wanted {
         match transaction.put_back(store, path) {
             Ok(true) => {
-                log::warn!("gave back {} from {}: it is in use again", path.display(), transaction.id);
+                log::info!("gave back {} from {}: it is in use again", path.display(), transaction.id);
                 restored.push(path.to_path_buf());
             }
             // It came back by itself: a push wrote it again.

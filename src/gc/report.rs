@@ -1,21 +1,36 @@
-//! Report: what a run decided and did, as text and as JSON.
+//! Report: what a run decided and did.
+//!
+//! One value, three forms: [`Report::write_text`] for people, [`Report::write_json`] for programs (its fields are
+//! described in `docs/report.md`), [`Report::write_distribution`] in the words of the stock collector.
+//!
+//! # Cost
+//! There may be millions of things: the report holds the plan and the numbers of the catalog, and makes a thing's text
+//! when it is written, one at a time.
+
+mod distribution;
+mod figures;
+mod json;
+mod text;
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
 use serde::Serialize;
 
 use super::Options;
-use super::plan::{Item, ItemKind, Plan, Young};
+use super::plan::{Item, ItemKind, Plan, Reason};
 use super::repair::Repair;
 use super::sweep::Taken;
-use crate::catalog::{Catalog, Problem, Tables};
-use crate::digest::Digest;
-use crate::error::count;
+use crate::catalog::{Catalog, Problem};
+use crate::error::{Result, count};
+use crate::store::Store;
 use crate::trash::purge::Purged;
+use figures::Figures;
+pub use json::SCHEMA;
+pub use text::{Details, Place};
 
 /// What sort of run it was.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -27,103 +42,46 @@ pub enum Mode {
     Sweep,
 }
 
-/// What a run did. Its JSON form is stable.
-#[derive(Clone, Debug, Serialize)]
+/// What a run did.
+#[derive(Clone)]
 pub struct Report {
     /// What sort of run.
     pub mode: Mode,
-    /// Repositories looked at.
-    pub repositories: usize,
-    /// Manifests looked at.
-    pub manifests: usize,
-    /// Blobs in the store, garbage included.
-    pub blobs: usize,
     /// Bytes that are gone from the disk.
     pub freed_bytes: u64,
     /// Bytes that lie in the trash because of this run; what a dry run would take.
     pub quarantined_bytes: u64,
     /// The transaction with what was taken.
     pub transaction: Option<String>,
-    /// What was taken, or would be.
-    pub taken: Vec<TakenItem>,
-    /// What is broken and can be made whole; of a sweep with `repair`, what was.
-    pub repairs: Vec<ReportedRepair>,
-    /// Whether every directory was looked into.
-    pub thorough: bool,
-    /// Garbage that is too young.
-    pub kept_young: Vec<KeptYoung>,
     /// Transactions whose undo ended because their bytes are gone.
     pub dropped_transactions: Vec<String>,
     /// Transactions purged because the trash had kept them long enough.
     pub purged_transactions: Vec<String>,
     /// What was given back because it is in use again.
-    pub restored: Vec<String>,
+    pub restored: Vec<PathBuf>,
     /// What failed after the first change.
     pub failures: Vec<String>,
-    /// What could not be read or does not belong, and what is kept because of it.
-    pub problems: Vec<ReportedProblem>,
-    #[serde(skip)]
-    grace: Duration,
+    /// It was told to stop, and left out what was still to be done.
+    pub is_stopped: bool,
+    /// When the run began.
+    pub started_at: SystemTime,
+    /// When it ended.
+    pub finished_at: SystemTime,
+    options: Options,
+    catalog: Catalog,
+    plan: Arc<Plan>,
+    /// What was taken, as places in the plan; `None`: all of it, or nothing yet.
+    taken: Option<Vec<usize>>,
+    /// What was made whole, as places among the repairs of the plan.
+    repaired: Vec<usize>,
+    figures: Figures,
 }
 
-/// Something taken, or that would be.
-#[derive(Clone, Debug, Serialize)]
-pub struct TakenItem {
-    /// What sort.
-    pub kind: ItemKind,
-    /// What moves, below the registry directory.
-    pub path: PathBuf,
-    /// The content it is or leads to.
-    pub digest: Option<Digest>,
-    /// Bytes that a purge frees.
-    pub bytes: u64,
-    /// Why it is garbage.
-    pub reason: String,
-}
-
-impl TakenItem {
-    fn new(item: &Item, tables: &Tables) -> TakenItem {
-        TakenItem {
-            kind: item.kind(),
-            path: item.path(tables),
-            digest: item.digest().map(|id| tables.digests.get(id)),
-            bytes: item.bytes,
-            reason: item.reason.to_string(),
-        }
-    }
-}
-
-/// Garbage that is too young.
-#[derive(Clone, Debug, Serialize)]
-pub struct KeptYoung {
-    /// Which.
-    pub digest: Digest,
-    /// Bytes.
-    pub bytes: u64,
-    /// From when on it may be taken, RFC 3339.
-    pub eligible_at: String,
-}
-
-/// Something broken that can be made whole.
-#[derive(Clone, Debug, Serialize)]
-pub struct ReportedRepair {
-    /// Where, below the registry directory.
-    pub path: PathBuf,
-    /// What is wrong, and what belongs there.
-    pub what: String,
-    /// Whether it was made whole.
-    pub done: bool,
-}
-
-/// Something that could not be read or does not belong.
-#[derive(Clone, Debug, Serialize)]
-pub struct ReportedProblem {
-    /// Where, below the registry directory.
-    pub path: String,
-    /// What is wrong.
-    pub what: String,
-    /// What is kept because of it.
-    pub effect: String,
+/// Things and their bytes.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+struct Total {
+    count: usize,
+    bytes: u64,
 }
 
 /// The last second that RFC 3339 can write, the end of the year 9999.
@@ -142,55 +100,54 @@ pub fn human(bytes: u64) -> String {
 
 impl Report {
     /// The report of a plan; until it is executed, of what executing it would take.
-    pub fn new(mode: Mode, options: &Options, catalog: &Catalog, plan: &Plan) -> Report {
-        let problem = |p: &Problem| ReportedProblem {
-            path: p.path.display().to_string(),
-            what: p.what.clone(),
-            effect: p.effect.to_string(),
-        };
-        let young = |y: &Young| KeptYoung {
-            digest: catalog.digest(y.digest),
-            bytes: y.bytes,
-            eligible_at: timestamp(y.eligible_at),
-        };
-        let repair =
-            |r: &Repair| ReportedRepair { path: r.path.clone(), what: r.fix.to_string(), done: false };
-        Report {
+    ///
+    /// # Errors
+    /// Looking at the size of a blob that is kept because of a problem fails.
+    pub fn new(
+        store: &dyn Store,
+        mode: Mode,
+        options: &Options,
+        started_at: SystemTime,
+        catalog: &Catalog,
+        plan: Arc<Plan>,
+    ) -> Result<Report> {
+        Ok(Report {
             mode,
-            repositories: catalog.repositories.len(),
-            manifests: catalog.manifests.len(),
-            blobs: catalog.blobs.len(),
             freed_bytes: 0,
             quarantined_bytes: plan.bytes(),
             transaction: None,
-            taken: plan.items.iter().map(|i| TakenItem::new(i, &catalog.tables)).collect(),
-            repairs: plan.repairs.iter().map(repair).collect(),
-            thorough: plan.is_thorough,
-            kept_young: plan.young.iter().map(young).collect(),
             dropped_transactions: Vec::new(),
             purged_transactions: Vec::new(),
             restored: Vec::new(),
             failures: Vec::new(),
-            problems: catalog.problems.iter().chain(&plan.problems).map(problem).collect(),
-            grace: options.grace,
-        }
+            is_stopped: false,
+            started_at,
+            finished_at: SystemTime::now(),
+            options: options.clone(),
+            figures: Figures::new(store, catalog, &plan)?,
+            catalog: catalog.clone(),
+            plan,
+            taken: None,
+            repaired: Vec::new(),
+        })
     }
 
     /// Adds what was given back.
     pub fn set_restored(&mut self, paths: &[PathBuf]) {
-        self.restored.extend(paths.iter().map(|path| path.display().to_string()));
+        self.restored.extend_from_slice(paths);
     }
 
-    /// Describes what was taken of `plan`.
-    pub fn set_taken(&mut self, tables: &Tables, plan: &Plan, taken: Taken) {
-        let items = taken.items.iter().filter_map(|at| plan.items.get(*at));
-        self.taken = items.map(|item| TakenItem::new(item, tables)).collect();
-        self.quarantined_bytes = self.taken.iter().map(|i| i.bytes).sum();
-        self.transaction = taken.transaction;
-        for (at, repair) in self.repairs.iter_mut().enumerate() {
-            repair.done = taken.repaired.contains(&at);
+    /// Describes what was taken of the plan.
+    pub fn set_taken(&mut self, taken: Taken) {
+        let Taken { transaction, items, repaired, failures } = taken;
+        self.repaired = repaired;
+        if items.len() < self.plan.items.len() {
+            self.figures.attribute(&self.catalog, &self.plan, Some(&items));
+            self.taken = Some(items);
         }
-        self.failures.extend(taken.failures.iter().map(ToString::to_string));
+        self.quarantined_bytes = self.taken().map(|i| i.bytes).sum();
+        self.transaction = transaction;
+        self.failures.extend(failures.iter().map(ToString::to_string));
     }
 
     /// Describes what was purged; `now` purged what this run took, too.
@@ -210,125 +167,164 @@ impl Report {
         self.failures.is_empty()
     }
 
-    /// The report for people: one line per thing, then a summary.
-    pub fn text(&self) -> String {
-        let mut text = String::new();
-        // Writing to a string can't fail.
-        let _ = self.write_text(&mut text);
-        text
+    /// What was taken, or would be, in that order.
+    pub fn taken(&self) -> impl Iterator<Item = &Item> {
+        let all = self.plan.items.iter().filter(|_| self.taken.is_none());
+        let some = self.taken.iter().flatten().filter_map(|at| self.plan.items.get(*at));
+        all.chain(some)
     }
 
-    fn write_text(&self, f: &mut String) -> std::fmt::Result {
-        for p in &self.problems {
-            writeln!(f, "problem: {}; {}", p.what, p.effect)?;
+    /// What could not be read or does not belong, with the bytes that are kept only because of it.
+    fn problems(&self) -> impl Iterator<Item = (&Problem, u64)> {
+        let held_back = self.figures.held_back.iter().copied().chain(std::iter::repeat(0));
+        self.catalog.problems.iter().chain(&self.plan.problems).zip(held_back)
+    }
+
+    /// Where that was, or is, below the registry directory.
+    pub fn taken_paths(&self) -> impl Iterator<Item = PathBuf> {
+        self.taken().map(|item| item.path(&self.catalog.tables))
+    }
+
+    /// What is broken and can be made whole, and whether it was.
+    pub fn repairs(&self) -> impl Iterator<Item = (&Repair, bool)> {
+        self.plan.repairs.iter().enumerate().map(|(at, repair)| (repair, self.repaired.contains(&at)))
+    }
+
+    /// What was taken, by kind; in the order of taking.
+    fn totals_by_kind(&self) -> BTreeMap<ItemKind, Total> {
+        let mut totals: BTreeMap<ItemKind, Total> = BTreeMap::new();
+        for item in self.taken() {
+            totals.entry(item.kind()).or_default().add(item.bytes);
         }
-        for path in &self.restored {
-            writeln!(f, "given back {path}: it is in use again")?;
+        totals
+    }
+
+    /// What was taken, by kind and reason; the most bytes first.
+    fn totals_by_reason(&self) -> Vec<(ItemKind, &Reason, Total)> {
+        let mut totals: BTreeMap<(ItemKind, &Reason), Total> = BTreeMap::new();
+        for item in self.taken() {
+            totals.entry((item.kind(), &item.reason)).or_default().add(item.bytes);
         }
-        for item in &self.taken {
-            match item.kind {
-                ItemKind::Blob => {
-                    let digest = item.digest.map(|digest| digest.to_string()).unwrap_or_default();
-                    writeln!(f, "blob {digest} {} {}", item.bytes, item.reason)?;
-                }
-                kind => {
-                    let word = kind.noun().replace(' ', "-");
-                    writeln!(f, "{word} {} {}", item.path.display(), item.reason)?;
-                }
-            }
+        let mut totals: Vec<_> = totals.into_iter().map(|((kind, reason), t)| (kind, reason, t)).collect();
+        totals.sort_by_key(|(_, _, total)| std::cmp::Reverse((total.bytes, total.count)));
+        totals
+    }
+
+    /// `2 manifests, 5 layer links and 7 blobs (1.2 MiB)`: what was taken.
+    fn taken_in_words(&self) -> String {
+        let totals = self.totals_by_kind();
+        let bytes = human(totals.values().map(|t| t.bytes).sum());
+        let words: Vec<String> = totals.iter().map(|(kind, t)| count(t.count, kind.noun())).collect();
+        match words.split_last() {
+            None => "nothing".to_string(),
+            Some((last, [])) => format!("{last} ({bytes})"),
+            Some((last, before)) => format!("{} and {last} ({bytes})", before.join(", ")),
         }
-        for repair in &self.repairs {
-            let word = if repair.done { "repaired" } else { "repair" };
-            writeln!(f, "{word} {}: {}", repair.path.display(), repair.what)?;
-        }
-        for young in &self.kept_young {
-            writeln!(
-                f,
-                "young {} {} unreferenced, may be taken from {}",
-                young.digest, young.bytes, young.eligible_at
-            )?;
-        }
-        for id in &self.dropped_transactions {
-            writeln!(f, "dropped {id} from the trash: its undo needed bytes that are gone now")?;
-        }
-        for id in &self.purged_transactions {
-            writeln!(f, "purged {id}: the trash kept it long enough")?;
-        }
-        for failure in &self.failures {
-            writeln!(f, "failed: {failure}")?;
-        }
-        self.write_summary(f)
     }
 
     /// What came of it, in a line.
     pub fn outcome(&self) -> String {
-        let what = self.what();
+        let is_nothing = self.taken().next().is_none();
+        let what = self.taken_in_words();
         match (self.mode, &self.transaction) {
-            (Mode::DryRun, _) if self.taken.is_empty() => "nothing to free".to_string(),
+            (Mode::DryRun, _) if is_nothing => "nothing to free".to_string(),
             (Mode::DryRun, _) => format!("a sweep would take {what}"),
-            (Mode::Sweep, Some(id)) => {
-                format!("took {what} into the trash as {id}; undo or purge brings them back or frees them")
-            }
-            (Mode::Sweep, None) if self.taken.is_empty() => "nothing to take".to_string(),
-            (Mode::Sweep, None) if !self.taken.iter().any(|i| i.kind.is_moved()) => format!("removed {what}"),
+            (Mode::Sweep, Some(id)) => format!("took {what} into the trash as {id}"),
+            (Mode::Sweep, None) if is_nothing => "nothing to take".to_string(),
+            (Mode::Sweep, None) if !self.taken().any(|i| i.kind().is_moved()) => format!("removed {what}"),
             (Mode::Sweep, None) => format!("took and purged {what}"),
         }
     }
 
-    /// What was taken, counted by kind; blobs first, with the bytes of all of it.
-    fn what(&self) -> String {
-        let mut counts: BTreeMap<ItemKind, usize> = BTreeMap::new();
-        self.taken.iter().for_each(|item| *counts.entry(item.kind).or_default() += 1);
-        let blobs = counts.remove(&ItemKind::Blob).unwrap_or(0);
-        let bytes = human(self.taken.iter().map(|i| i.bytes).sum());
-        let others = counts.into_iter().map(|(kind, number)| count(number, kind.noun()));
-        let all: Vec<String> =
-            std::iter::once(format!("{} ({bytes})", count(blobs, "blob"))).chain(others).collect();
-        all.join(", ")
+    /// The report for people as it reads by default.
+    pub fn text(&self, place: Place<'_>, details: Details) -> String {
+        let mut text = Vec::new();
+        // Writing to memory can't fail.
+        let _ = self.write_text(&mut text, place, details);
+        String::from_utf8_lossy(&text).into_owned()
+    }
+}
+
+impl Total {
+    fn add(&mut self, bytes: u64) {
+        self.count += 1;
+        self.bytes += bytes;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::catalog::Tables;
+    use crate::digest::{Algorithm, Digest};
+    use crate::gc::{self, Progress};
+    use crate::layout;
+    use crate::store::memory::Memory;
+    use crate::trash::Author;
+
+    /// A registry of nothing but so many blobs of garbage, and a push in progress.
+    fn store(garbage: usize) -> Memory {
+        let store = Memory::default();
+        store.write(&layout::repository("app".as_ref()).join("_uploads/1/startedat"), b"").unwrap();
+        for number in 0..garbage {
+            let content = format!("garbage {number}");
+            let digest = Digest::of(Algorithm::Sha256, content.as_bytes());
+            store.write(&layout::blob_data(&digest), content.as_bytes()).unwrap();
+        }
+        store
     }
 
-    fn write_summary(&self, f: &mut String) -> std::fmt::Result {
-        writeln!(
-            f,
-            "looked at {}, {}, {}",
-            count(self.repositories, "repository"),
-            count(self.manifests, "manifest"),
-            count(self.blobs, "blob"),
-        )?;
-        writeln!(f, "{}", self.outcome())?;
-        if self.mode == Mode::Sweep && self.freed_bytes > 0 {
-            writeln!(f, "freed {} in all", human(self.freed_bytes))?;
+    fn author() -> Author {
+        Author { uid: 0, pid: 1, command: "test".to_string() }
+    }
+
+    fn options() -> Options {
+        Options { grace: Duration::ZERO, ..Options::default() }
+    }
+
+    /// Told to stop after so many steps.
+    struct StopsAfter(AtomicUsize);
+
+    impl Progress for StopsAfter {
+        fn phase(&self, _name: &'static str, _total: usize) {}
+        fn step(&self, count: usize) {
+            self.0.fetch_sub(count, Ordering::Relaxed);
         }
-        if !self.kept_young.is_empty() {
-            let bytes = self.kept_young.iter().map(|y| y.bytes).sum();
-            writeln!(
-                f,
-                "left {} ({}) that {} younger than the grace period of {}",
-                count(self.kept_young.len(), "unreferenced blob"),
-                human(bytes),
-                if self.kept_young.len() == 1 { "is" } else { "are" },
-                humantime::format_duration(self.grace),
-            )?;
+        fn is_stopped(&self) -> bool {
+            self.0.load(Ordering::Relaxed) == 0
         }
-        let broken = self.repairs.iter().filter(|r| !r.done).count();
-        if broken > 0 {
-            writeln!(
-                f,
-                "{} can be made whole by a sweep with repair",
-                count(broken, "broken or missing link")
-            )?;
-        }
-        if !self.thorough {
-            writeln!(
-                f,
-                "a sweep also looks into every directory for leftovers; so does a dry run with thorough"
-            )?;
-        }
-        match self.failures.len() {
-            0 => Ok(()),
-            failed => {
-                writeln!(f, "not finished: {}; run it again when that is mended", count(failed, "failure"))
-            }
-        }
+    }
+
+    #[test]
+    fn a_run_that_was_stopped_says_what_it_took_and_the_next_takes_the_rest() {
+        let store = store(10);
+        let stops = StopsAfter(AtomicUsize::new(3));
+        let report = gc::run(&store, &Tables::default(), &options(), &author(), &stops).unwrap();
+        assert!(report.is_stopped && report.is_complete() && report.transaction.is_some());
+        assert_eq!(report.taken().count(), 3);
+        assert_eq!(report.quarantined_bytes, 27);
+        let text = report.text(Place::ControlFile, Details::Everything);
+        assert!(text.contains("took 3 blobs (27 B)") && text.contains("\nstopped before the end"), "{text}");
+        assert_eq!(text.lines().filter(|line| line.starts_with("blob ")).count(), 3, "{text}");
+
+        let report = gc::run(&store, &Tables::default(), &options(), &author(), &gc::Unwatched).unwrap();
+        assert!(!report.is_stopped);
+        assert_eq!(report.taken().count(), 7);
+    }
+
+    #[test]
+    fn a_control_file_lists_single_things_where_they_are_few() {
+        let details = |garbage: usize| {
+            let store = store(garbage);
+            let options = Options { dry_run: true, ..options() };
+            let report = gc::run(&store, &Tables::default(), &options, &author(), &gc::Unwatched).unwrap();
+            report.details_for_control_file()
+        };
+        assert_eq!(details(1000), Details::Everything);
+        assert_eq!(details(1001), Details::Totals);
     }
 }

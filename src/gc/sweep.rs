@@ -89,7 +89,7 @@ fn repair_all(
             Ok(false) => {}
             Err(e) => taken.failures.push(e),
         }
-        progress.step();
+        progress.step(1);
     }
     taken.failures.extend(store.sync().err());
 }
@@ -135,7 +135,8 @@ fn move_all(
                 }
             }
         }
-        progress.step();
+        progress.step(1);
+        progress.bytes(item.bytes);
     }
 }
 
@@ -184,7 +185,7 @@ fn remove_all(store: &dyn Store, catalog: &Catalog, plan: &Plan, progress: &dyn 
             Ok(false) => {}
             Err(e) => taken.failures.push(e),
         }
-        progress.step();
+        progress.step(1);
     }
 }
 

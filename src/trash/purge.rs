@@ -18,6 +18,7 @@ use bytesize::ByteSize;
 
 use crate::error::{Error, Result, count};
 use crate::layout::{self, Kind};
+use crate::progress::Progress;
 use crate::store::Store;
 
 /// What a purge did.
@@ -29,6 +30,8 @@ pub struct Purged {
     pub kept: Vec<String>,
     /// Bytes freed.
     pub bytes: u64,
+    /// What was given back before, because it is in use again.
+    pub restored: Vec<PathBuf>,
     /// What could not be removed.
     pub failures: Vec<Error>,
 }
@@ -37,6 +40,9 @@ impl Purged {
     /// What was done, for people.
     pub fn text(&self) -> String {
         let mut text = String::new();
+        for path in &self.restored {
+            text += &format!("given back: {} is in use again\n", path.display());
+        }
         for failure in &self.failures {
             text += &format!("failed: {failure}\n");
         }
@@ -51,8 +57,11 @@ impl Purged {
     }
 }
 
+/// How many files are removed between two steps of the progress.
+const AT_ONCE: usize = 1000;
+
 /// Purges the transactions `ids`.
-pub fn purge(store: &dyn Store, ids: &[String]) -> Result<Purged> {
+pub fn purge(store: &dyn Store, ids: &[String], progress: &dyn Progress) -> Result<Purged> {
     let all = contents(store)?;
     let mut doomed = Vec::new();
     for id in ids {
@@ -73,8 +82,9 @@ pub fn purge(store: &dyn Store, ids: &[String]) -> Result<Purged> {
     }
     let mut purged = Purged::default();
     let mut doomed: Vec<Doomed<'_>> = doomed.into_iter().map(Doomed::new).collect();
+    progress.phase("purge", doomed.iter().map(|d| d.contents.files.len()).sum());
     for step in STEPS {
-        if remove_step(store, step, &mut doomed, &mut staying, &mut purged)? {
+        if remove_step(store, step, &mut doomed, &mut staying, &mut purged, progress)? {
             // The next step relies on this one being done for good.
             store.sync()?;
         }
@@ -130,11 +140,12 @@ fn remove_step(
     doomed: &mut [Doomed<'_>],
     staying: &mut Staying,
     purged: &mut Purged,
+    progress: &dyn Progress,
 ) -> Result<bool> {
     let failures_before = purged.failures.len();
     let mut has_removed = false;
     for transaction in doomed.iter_mut().filter(|t| !t.is_stuck) {
-        has_removed |= transaction.remove(store, step, staying, purged)?;
+        has_removed |= transaction.remove(store, step, staying, purged, progress)?;
     }
     if purged.failures.len() > failures_before {
         let all = contents(store)?;
@@ -167,28 +178,34 @@ impl<'a> Doomed<'a> {
         step: u8,
         staying: &Staying,
         purged: &mut Purged,
+        progress: &dyn Progress,
     ) -> Result<bool> {
         let mut gone = Vec::new();
-        let mut bytes = 0;
         for path in self.contents.files.iter().filter(|path| step_of(self.contents, path) == step) {
             if staying.needs(store, path)? {
                 self.kept += 1;
                 continue;
             }
-            let path = self.contents.path_of(path);
-            match store.stat(&path) {
-                Ok(stat) => bytes += stat.map_or(0, |s| s.size),
-                // Only counting: the removal below meets what is wrong and reports it.
-                Err(e) => log::debug!("{e}"),
+            gone.push(self.contents.path_of(path));
+        }
+        for some in gone.chunks(AT_ONCE) {
+            let mut bytes = 0;
+            for path in some {
+                match store.stat(path) {
+                    Ok(stat) => bytes += stat.map_or(0, |s| s.size),
+                    // Only counting: the removal below meets what is wrong and reports it.
+                    Err(e) => log::debug!("{e}"),
+                }
             }
-            gone.push(path);
+            let failures = store.remove(some);
+            match failures.is_empty() {
+                true => purged.bytes += bytes,
+                false => self.is_stuck = true,
+            }
+            purged.failures.extend(failures);
+            progress.step(some.len());
+            progress.bytes(bytes);
         }
-        let failures = store.remove(&gone);
-        match failures.is_empty() {
-            true => purged.bytes += bytes,
-            false => self.is_stuck = true,
-        }
-        purged.failures.extend(failures);
         Ok(!gone.is_empty())
     }
 

@@ -296,6 +296,14 @@ impl Registry {
         stock_garbage(&self.config())
     }
 
+    /// What its own garbage collector prints in a dry run; `flags`: `-m` for untagged manifests.
+    #[track_caller]
+    pub(crate) fn stock_report(&self, flags: &[&str]) -> String {
+        let mut collect = clean("docker-registry");
+        collect.args(["garbage-collect", "--dry-run"]).args(flags).arg(self.config());
+        collect.outcome().exits(0).stdout
+    }
+
     /// The storage below `docker/registry/v2`, but for our own `.regfs`.
     pub(crate) fn snapshot(&self) -> BTreeMap<PathBuf, String> {
         let mut all = snapshot(&self.store().join("docker/registry/v2"));

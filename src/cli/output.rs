@@ -1,0 +1,65 @@
+//! How `regfs gc` prints its report.
+
+use std::io::{self, BufWriter, ErrorKind, Write};
+use std::path::Path;
+
+use clap::{Args, ValueEnum};
+
+use crate::error::{Error, Result};
+use crate::gc::report::{Details, Place, Report};
+
+/// How the report is printed.
+#[derive(Args, Debug)]
+pub(super) struct OutputArgs {
+    /// The form of the report
+    #[arg(long, value_enum, default_value_t = Format::Text, conflicts_with = "json")]
+    format: Format,
+    /// Print the report as JSON; the same as --format json
+    #[arg(long)]
+    json: bool,
+    /// Show every repository and every single thing
+    #[arg(short, long)]
+    pub(super) verbose: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Format {
+    /// For people
+    Text,
+    /// For programs; docs/report.md describes the fields
+    Json,
+    /// The lines that `registry garbage-collect` prints
+    Distribution,
+}
+
+impl OutputArgs {
+    /// Prints the report; `store` is what was typed for the store.
+    pub(super) fn print(&self, report: &Report, store: &Path) -> Result<()> {
+        let format = if self.json { Format::Json } else { self.format };
+        let details = if self.verbose { Details::Everything } else { Details::Totals };
+        to_stdout(|out| match format {
+            Format::Text => report.write_text(out, Place::CommandLine(store), details),
+            Format::Json => report.write_json(out),
+            Format::Distribution => report.write_distribution(out),
+        })?;
+        if format == Format::Distribution {
+            // Nobody is left to tell when stderr can't be written to.
+            let _ = report.write_remarks(&mut io::stderr().lock());
+        }
+        Ok(())
+    }
+}
+
+/// Writes to stdout; a reader that goes away is no failure.
+fn to_stdout(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    let mut out = BufWriter::with_capacity(1 << 16, io::stdout().lock());
+    match write(&mut out).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => {
+            // What is still in the buffer has no reader.
+            drop(out.into_parts());
+            Ok(())
+        }
+        Err(e) => Err(Error::io("write to", Path::new("stdout"), e)),
+        Ok(()) => Ok(()),
+    }
+}

@@ -1,0 +1,336 @@
+//! The report for people.
+//!
+//! First what is wrong, then who uses the space, then what was taken and why, then what came of it and what to do next.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use super::figures::Usage;
+use super::{Mode, Report, Total, human, timestamp};
+use crate::error::count;
+use crate::gc::plan::{Item, ItemKind};
+
+/// How many repositories and problems are shown unless all are asked for.
+const SHOWN: usize = 20;
+/// How many things a control file lists, where nothing can be asked for.
+const FEW: usize = 1000;
+
+/// How much is shown.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Details {
+    /// Totals, and the repositories with the most garbage.
+    Totals,
+    /// Everything, a line for each thing.
+    Everything,
+}
+
+/// Where the report is read: commands to go on with look different there.
+#[derive(Clone, Copy, Debug)]
+pub enum Place<'a> {
+    /// The command line, about this store.
+    CommandLine(&'a Path),
+    /// A control file.
+    ControlFile,
+}
+
+impl Place<'_> {
+    /// The command that gives a transaction back (`undo`) or frees it (`purge`).
+    fn trash(&self, command: &str, id: &str) -> String {
+        match self {
+            Place::CommandLine(store) => format!("regfs trash {} {command} {id}", store.display()),
+            Place::ControlFile => format!("echo '{command} {id}' > control/trash"),
+        }
+    }
+
+    fn sweep(&self) -> &'static str {
+        match self {
+            Place::CommandLine(_) => "run this without --dry-run",
+            Place::ControlFile => "write sweep instead of dry-run",
+        }
+    }
+
+    fn all(&self) -> &'static str {
+        match self {
+            Place::CommandLine(_) => "--verbose shows all",
+            Place::ControlFile => "regfs gc STORE --dry-run --verbose shows all",
+        }
+    }
+}
+
+impl Report {
+    /// Writes the report for people.
+    pub fn write_text(&self, out: &mut dyn Write, place: Place<'_>, details: Details) -> io::Result<()> {
+        self.write_problems(out, place, details)?;
+        self.write_usage(out, place, details)?;
+        if details == Details::Everything {
+            self.write_things(out)?;
+        }
+        self.write_totals(out)?;
+        self.write_repairs(out, details)?;
+        self.write_trash(out)?;
+        self.write_outcome(out, place)
+    }
+
+    /// Every single thing where they are few: a control file has no word to ask for them.
+    pub fn details_for_control_file(&self) -> Details {
+        match self.taken().nth(FEW).is_none() && self.plan.young.len() <= FEW {
+            true => Details::Everything,
+            false => Details::Totals,
+        }
+    }
+
+    fn write_problems(&self, out: &mut dyn Write, place: Place<'_>, details: Details) -> io::Result<()> {
+        let mut problems: Vec<_> = self.problems().collect();
+        if problems.is_empty() {
+            return Ok(());
+        }
+        problems.sort_by_key(|(_, held_back)| std::cmp::Reverse(*held_back));
+        let shown = if details == Details::Everything { problems.len() } else { SHOWN };
+        writeln!(out, "{}:", count(problems.len(), "problem"))?;
+        for (problem, held_back) in problems.iter().take(shown) {
+            let path = problem.path.display().to_string();
+            match problem.what.contains(&path) {
+                true => writeln!(out, "  {}", problem.what)?,
+                false => writeln!(out, "  {path}: {}", problem.what)?,
+            }
+            let held_back = match held_back {
+                0 => String::new(),
+                bytes => format!("; that holds back {}", human(*bytes)),
+            };
+            writeln!(out, "    {}{held_back}", problem.effect)?;
+        }
+        if problems.len() > shown {
+            writeln!(out, "  … and {} more; {}", problems.len() - shown, place.all())?;
+        }
+        writeln!(out)
+    }
+
+    /// The repositories, those with the most garbage first.
+    fn write_usage(&self, out: &mut dyn Write, place: Place<'_>, details: Details) -> io::Result<()> {
+        let mut repositories: Vec<&Usage> = self.figures.repositories.iter().collect();
+        repositories.sort_by_key(|u| {
+            std::cmp::Reverse((u.taken_bytes, u.manifests_taken, u.young_bytes, u.kept_bytes))
+        });
+        let shown = if details == Details::Everything { repositories.len() } else { SHOWN };
+        let (taken, manifests) = match (self.mode, &self.transaction) {
+            (Mode::DryRun, _) => ("TO FREE", "MANIFESTS TO TAKE"),
+            (Mode::Sweep, Some(_)) => ("TAKEN", "MANIFESTS TAKEN"),
+            (Mode::Sweep, None) => ("FREED", "MANIFESTS TAKEN"),
+        };
+        let mut rows = vec![row("REPOSITORY", ["KEPT", taken, "YOUNG", manifests].map(String::from))];
+        let name = |usage: &Usage| usage.repository.display().to_string();
+        rows.extend(repositories.iter().take(shown).map(|u| usage_row(&name(u), u)));
+        if repositories.len() > shown {
+            let rest = repositories.len() - shown;
+            rows.push(row(&format!("… and {rest} more; {}", place.all()), Default::default()));
+        }
+        let unclaimed = &self.figures.unclaimed;
+        if unclaimed != &Usage::default() {
+            rows.push(usage_row("(no repository)", unclaimed));
+        }
+        rows.push(usage_row("all, each blob once", &self.all()));
+        write_table(out, &rows)?;
+        writeln!(out)
+    }
+
+    /// What the whole store holds, each blob once.
+    fn all(&self) -> Usage {
+        let is_manifest = |item: &&Item| item.kind() == ItemKind::Revision;
+        Usage {
+            kept_bytes: self.figures.kept_bytes,
+            taken_bytes: self.taken().map(|i| i.bytes).sum(),
+            young_bytes: self.plan.young.iter().map(|y| y.bytes).sum(),
+            manifests_taken: self.taken().filter(is_manifest).count(),
+            ..Usage::default()
+        }
+    }
+
+    /// A line for each thing: what, which, bytes, why.
+    fn write_things(&self, out: &mut dyn Write) -> io::Result<()> {
+        let tables = &self.catalog.tables;
+        for item in self.taken() {
+            let bytes = if item.bytes > 0 { format!(" {}", human(item.bytes)) } else { String::new() };
+            let noun = item.kind().noun().replace(' ', "-");
+            match (item.kind(), item.digest()) {
+                (ItemKind::Blob, Some(id)) => write!(out, "{noun} {}", tables.digests.get(id))?,
+                _ => write!(out, "{noun} {}", item.path(tables).display())?,
+            }
+            writeln!(out, "{bytes}: {}", item.reason)?;
+        }
+        for young in &self.plan.young {
+            let (digest, bytes) = (tables.digests.get(young.digest), human(young.bytes));
+            let from = timestamp(young.eligible_at);
+            writeln!(out, "young {digest} {bytes}: no manifest names it; may be taken from {from}")?;
+        }
+        if self.taken().next().is_some() || !self.plan.young.is_empty() {
+            writeln!(out)?;
+        }
+        Ok(())
+    }
+
+    fn write_totals(&self, out: &mut dyn Write) -> io::Result<()> {
+        let totals = self.totals_by_reason();
+        let rows: Vec<[String; 3]> = totals
+            .iter()
+            .map(|(kind, reason, Total { count: number, bytes })| {
+                let bytes = if *bytes == 0 { "-".to_string() } else { human(*bytes) };
+                [count(*number, kind.noun()), bytes, reason.to_string()]
+            })
+            .collect();
+        let width = |at: usize| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or(0);
+        let (first, second) = (width(0), width(1));
+        for [what, bytes, why] in &rows {
+            writeln!(out, "{what:<first$}  {bytes:>second$}  {why}")?;
+        }
+        if !rows.is_empty() {
+            writeln!(out)?;
+        }
+        Ok(())
+    }
+
+    /// What is broken and can be made whole, or was.
+    fn write_repairs(&self, out: &mut dyn Write, details: Details) -> io::Result<()> {
+        let shown = if details == Details::Everything { usize::MAX } else { SHOWN };
+        for (repair, is_done) in self.repairs().take(shown) {
+            let word = if is_done { "repaired" } else { "can be repaired" };
+            writeln!(out, "{word}: {}: {}", repair.path.display(), repair.fix)?;
+        }
+        let broken = self.repairs().filter(|(_, is_done)| !is_done).count();
+        match broken {
+            0 => Ok(()),
+            _ => writeln!(
+                out,
+                "{} can be made whole by a sweep with repair\n",
+                count(broken, "broken or missing link")
+            ),
+        }
+    }
+
+    fn write_trash(&self, out: &mut dyn Write) -> io::Result<()> {
+        for path in &self.restored {
+            writeln!(out, "given back: {} is in use again", path.display())?;
+        }
+        for id in &self.dropped_transactions {
+            writeln!(out, "dropped {id} from the trash: its undo needed bytes that are gone now")?;
+        }
+        for id in &self.purged_transactions {
+            writeln!(out, "purged {id}: the trash kept it long enough")?;
+        }
+        Ok(())
+    }
+
+    fn write_outcome(&self, out: &mut dyn Write, place: Place<'_>) -> io::Result<()> {
+        for failure in &self.failures {
+            writeln!(out, "failed: {failure}")?;
+        }
+        let catalog = &self.catalog;
+        writeln!(
+            out,
+            "looked at {}, {}, {}",
+            count(catalog.repositories.len(), "repository"),
+            count(catalog.manifests.len(), "manifest"),
+            count(catalog.blobs.len(), "blob"),
+        )?;
+        if let Some(next) = self.plan.young.iter().map(|y| y.eligible_at).min() {
+            writeln!(
+                out,
+                "left {} ({}) younger than the grace period of {}; the next may be taken from {}",
+                count(self.plan.young.len(), "unreferenced blob"),
+                human(self.plan.young.iter().map(|y| y.bytes).sum()),
+                age(self.options.grace),
+                timestamp(next),
+            )?;
+        }
+        if !self.plan.is_thorough && self.mode == Mode::DryRun {
+            writeln!(
+                out,
+                "a sweep looks into every directory for leftovers, too; so does a dry run with {}",
+                match place {
+                    Place::CommandLine(_) => "--thorough",
+                    Place::ControlFile => "thorough",
+                }
+            )?;
+        }
+        writeln!(out, "{}", self.outcome())?;
+        if self.mode == Mode::Sweep && self.freed_bytes > 0 {
+            writeln!(out, "freed {} in all", human(self.freed_bytes))?;
+        }
+        self.write_next(out, place)
+    }
+
+    /// What to do next.
+    fn write_next(&self, out: &mut dyn Write, place: Place<'_>) -> io::Result<()> {
+        if self.is_stopped {
+            writeln!(out, "stopped before the end; run it again for the rest")?;
+        }
+        if !self.is_complete() {
+            let failures = count(self.failures.len(), "failure");
+            writeln!(out, "not finished: {failures}; run it again when that is mended")?;
+        }
+        let is_something = self.taken().next().is_some();
+        match (self.mode, &self.transaction) {
+            (Mode::DryRun, _) if is_something => {
+                writeln!(out, "next: {} to move it to the trash", place.sweep())
+            }
+            (Mode::Sweep, Some(id)) => {
+                let [purge, undo] = ["purge", "undo"].map(|command| place.trash(command, id));
+                let width = purge.len().max(undo.len());
+                let keep = age(self.options.keep);
+                writeln!(out, "next: {purge:<width$}  frees the space; a run after {keep} does it, too")?;
+                writeln!(out, "      {undo:<width$}  brings it back")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A duration as it is typed: `24h`, `7d`.
+fn age(duration: Duration) -> String {
+    const HOUR: u64 = 3600;
+    match (duration.as_secs(), duration.subsec_nanos()) {
+        (0, _) | (_, 1..) => humantime::format_duration(duration).to_string(),
+        (seconds, _) if seconds % (24 * HOUR) == 0 && seconds > 48 * HOUR => {
+            format!("{}d", seconds / 24 / HOUR)
+        }
+        (seconds, _) if seconds % HOUR == 0 => format!("{}h", seconds / HOUR),
+        _ => humantime::format_duration(duration).to_string(),
+    }
+}
+
+/// What a cell says where there is nothing.
+const NOTHING: &str = "-";
+
+fn usage_row(name: &str, usage: &Usage) -> Row {
+    let bytes = |number: u64| if number == 0 { NOTHING.to_string() } else { human(number) };
+    let [kept, taken, young] = [usage.kept_bytes, usage.taken_bytes, usage.young_bytes].map(bytes);
+    let manifests = match usage.manifests_taken {
+        0 => NOTHING.to_string(),
+        number => number.to_string(),
+    };
+    row(name, [kept, taken, young, manifests])
+}
+
+/// A name and four numbers.
+type Row = [String; 5];
+
+fn row(name: &str, [a, b, c, d]: [String; 4]) -> Row {
+    [name.to_string(), a, b, c, d]
+}
+
+/// Columns as wide as they need, numbers to the right; those without any number are left out.
+fn write_table(out: &mut dyn Write, rows: &[Row]) -> io::Result<()> {
+    let (_, below) = rows.split_at(rows.len().min(1));
+    let width = |at: usize| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or(0);
+    let is_used = |at: &usize| below.iter().any(|row| !row[*at].is_empty() && row[*at] != NOTHING);
+    let columns: Vec<(usize, usize)> = (1..5).filter(is_used).map(|at| (at, width(at))).collect();
+    let first = width(0);
+    for row in rows {
+        let mut line = format!("{:<first$}", row[0]);
+        for (at, width) in &columns {
+            line += &format!("  {:>width$}", row[*at]);
+        }
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
