@@ -280,6 +280,8 @@ fn the_document_has_the_fields_of_the_json_report() {
     put(&store.repository("app", "_manifests/tags/odd/current/link"), b"no digest");
     let mut report = json(&store, &["--grace", "0", "--untagged"]);
     report["kept_young"] = json(&store, &["--grace", "1h"])["kept_young"].clone();
+    fs::remove_dir_all(store.repository("app", "_layers")).unwrap();
+    report["repairs"] = json(&store, &["--thorough", "--grace", "0"])["repairs"].clone();
     let mut printed = BTreeSet::new();
     for (name, value) in report.as_object().unwrap() {
         printed.insert(name.clone());
