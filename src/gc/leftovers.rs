@@ -25,7 +25,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::mark::Mark;
+use super::mark::{Mark, Reach};
 use super::plan::{Candidate, Going, Item, Policy, Reason, What};
 use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Catalog, Keeps, Repository};
@@ -58,16 +58,21 @@ pub(super) fn search(
     let known: IdSet = candidates.iter().map(|c| c.digest).collect();
     let linked = candidates.iter().flat_map(|c| &c.links).copied().collect();
     let is_thorough = policy.is_thorough() && first.is_none();
-    let mut search = Search { store, catalog, policy, going, known, linked, is_thorough, items: Vec::new() };
+    let named = Reach::new(catalog);
+    let mut search =
+        Search { store, catalog, policy, going, known, linked, named, is_thorough, items: Vec::new() };
     for item in first.unwrap_or_default() {
         if search.is_still(item)? {
             search.items.push(item.clone());
         }
     }
     // Bare repositories ask what goes of theirs.
+    let bare: HashSet<NameId> =
+        catalog.repositories.values().filter(|r| is_bare(r)).map(|r| name_id(catalog, r)).collect();
+    let is_of_bare = |item: &&Item| item.repository().is_some_and(|name| bare.contains(&name));
     let mut going_files: HashSet<PathBuf> = search.items.iter().map(|i| i.path(&catalog.tables)).collect();
     let links = planned.iter().filter(|item| matches!(item.what, What::LayerLink(..)));
-    going_files.extend(links.map(|item| item.path(&catalog.tables)));
+    going_files.extend(links.filter(is_of_bare).map(|item| item.path(&catalog.tables)));
     for repository in catalog.repositories.values().filter(|r| policy.includes(&r.name)) {
         search.repository(repository, &going_files)?;
     }
@@ -83,19 +88,22 @@ pub(super) fn search(
     Ok(items)
 }
 
-/// What the manifests and tags of a repository lead to when `going` are gone, under all the digests it is known by.
-pub(super) fn named_in(catalog: &Catalog, repository: &Repository, going: &[DigestId]) -> HashSet<DigestId> {
+/// Where a walk over what a repository names begins when `going` are gone.
+pub(super) fn roots(repository: &Repository, going: &[DigestId]) -> Vec<DigestId> {
     let staying = repository.revisions.iter().filter(|r| !going.contains(&r.digest));
     let roots = staying.flat_map(|r| [r.digest, r.target]);
-    let mut named: HashSet<DigestId> = HashSet::new();
-    let mut waiting: Vec<DigestId> = roots.chain(repository.held.iter().copied()).collect();
-    while let Some(id) = waiting.pop() {
-        if named.insert(id) {
-            waiting.extend(catalog.parsed(id).map(crate::catalog::Parsed::references).unwrap_or_default());
-            waiting.extend(catalog.aliases.get(&id).into_iter().flatten());
-        }
-    }
-    named
+    roots.chain(repository.held.iter().copied()).collect()
+}
+
+fn is_bare(repository: &Repository) -> bool {
+    repository.revisions.is_empty()
+        && repository.tags.is_empty()
+        && repository.held.is_empty()
+        && repository.keeps == Keeps::Named
+}
+
+fn name_id(catalog: &Catalog, repository: &Repository) -> NameId {
+    catalog.tables.names.intern(repository.name.as_os_str())
 }
 
 /// What a call says, `None` also where something else stands in that place: that is left.
@@ -119,6 +127,8 @@ struct Search<'a> {
     known: IdSet,
     /// The links to those.
     linked: HashSet<(NameId, DigestId)>,
+    /// What the repository that is looked at leads to.
+    named: Reach,
     is_thorough: bool,
     items: Vec<Item>,
 }
@@ -156,11 +166,11 @@ impl Search<'_> {
     }
 
     fn repository(&mut self, repository: &Repository, going_files: &HashSet<PathBuf>) -> Result<()> {
-        let name = self.catalog.tables.names.intern(repository.name.as_os_str());
+        let name = name_id(self.catalog, repository);
         let first = self.items.len();
-        let named = named_in(self.catalog, repository, self.going.revisions_of(&repository.name));
+        self.named.walk(self.catalog, roots(repository, self.going.revisions_of(&repository.name)));
         if repository.keeps != Keeps::Everything {
-            self.layer_links(repository, name, &named)?;
+            self.layer_links(repository, name)?;
         }
         if self.is_thorough && repository.keeps != Keeps::Everything {
             self.revisions(repository)?;
@@ -171,34 +181,26 @@ impl Search<'_> {
             self.upload(repository, name, *upload)?;
         }
         let has_young_upload = self.items.len() - uploads_before < repository.uploads.len();
-        let is_bare = repository.revisions.is_empty()
-            && repository.tags.is_empty()
-            && repository.held.is_empty()
-            && repository.keeps == Keeps::Named;
-        if is_bare && !has_young_upload {
+        if is_bare(repository) && !has_young_upload {
             self.bare_repository(repository, name, first, going_files)?;
         }
         Ok(())
     }
 
-    fn layer_links(
-        &mut self,
-        repository: &Repository,
-        name: NameId,
-        named: &HashSet<DigestId>,
-    ) -> Result<()> {
+    fn layer_links(&mut self, repository: &Repository, name: NameId) -> Result<()> {
         let catalog = self.catalog;
         for layer in repository.layers.iter().copied() {
-            let path = layout::layer_link(&repository.name, &catalog.digest(layer));
-            if named.contains(&layer) {
+            let path = || layout::layer_link(&repository.name, &catalog.digest(layer));
+            if self.named.contains(layer) {
                 if self.is_thorough {
-                    self.leaf(&path, IfEmpty::Stays)?;
+                    self.leaf(&path(), IfEmpty::Stays)?;
                 }
                 continue;
             }
             if self.linked.contains(&(name, layer)) {
                 continue;
             }
+            let path = path();
             let targets = catalog.aliases.get(&layer).map_or(std::slice::from_ref(&layer), Vec::as_slice);
             // The link to an unreferenced blob is no file there: what remains is its directory.
             let is_decided = targets.iter().any(|id| self.known.contains(*id));

@@ -96,6 +96,40 @@ impl Walk<'_> {
     }
 }
 
+/// What some digests lead to within one repository, again and again for one after the other.
+pub(super) struct Reach {
+    /// The last walk that came by, for each digest.
+    seen: Vec<u32>,
+    turn: u32,
+}
+
+impl Reach {
+    pub(super) fn new(catalog: &Catalog) -> Reach {
+        Reach { seen: vec![0; catalog.tables.digests.bound()], turn: 0 }
+    }
+
+    /// Forgets the walk before, and follows `roots` downwards under all the digests that things are known by.
+    pub(super) fn walk(&mut self, catalog: &Catalog, roots: Vec<DigestId>) {
+        self.turn += 1;
+        let mut waiting = roots;
+        while let Some(id) = waiting.pop() {
+            // Numbers handed out since this was made belong to a newer catalog.
+            let Some(seen) = self.seen.get_mut(id.index()) else { continue };
+            if std::mem::replace(seen, self.turn) != self.turn {
+                if let Some(parsed) = catalog.parsed(id) {
+                    parsed.each_reference(|r| waiting.push(r));
+                }
+                waiting.extend(catalog.aliases.get(&id).into_iter().flatten());
+            }
+        }
+    }
+
+    /// Whether the walk came by `id`.
+    pub(super) fn contains(&self, id: DigestId) -> bool {
+        self.turn > 0 && self.seen.get(id.index()) == Some(&self.turn)
+    }
+}
+
 /// The revisions that no tag leads to; those for which `is_protected` answers yes are left out, with all they lead to.
 pub fn untagged(catalog: &Catalog, is_protected: &dyn Fn(&Revision) -> bool) -> Untagged {
     let mut found = Untagged::new();

@@ -11,7 +11,7 @@
 //! 4. With a glob only what belongs to matching repositories goes. A blob belongs to all repositories with a layer
 //!    link to it, and to the one whose untagged manifest led to it; without either, nobody can say whose it was.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -23,7 +23,7 @@ use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Catalog, Effect, Problem, Tables};
 use crate::error::Result;
 use crate::layout;
-use crate::store::{Stat, Store};
+use crate::store::{Directory, Store};
 
 /// What decides about garbage, besides the mark.
 #[derive(Clone, Debug)]
@@ -77,12 +77,12 @@ impl Policy {
 pub struct Candidate {
     /// Which.
     pub digest: DigestId,
-    /// Facts of its bytes.
-    pub stat: Stat,
+    /// Bytes.
+    pub bytes: u64,
     /// The newest sign of use.
     pub last_used: SystemTime,
     /// Layer links to it: the repository, and the digest by which that knows it.
-    pub links: Vec<(NameId, DigestId)>,
+    pub links: Box<[(NameId, DigestId)]>,
 }
 
 /// What sort of thing is taken; the order of taking.
@@ -387,20 +387,30 @@ pub fn candidates(
     catalog: &Catalog,
     mark: &Mark,
 ) -> Result<(Vec<Candidate>, Vec<Problem>)> {
-    let mut links: HashMap<DigestId, Vec<(NameId, DigestId)>> = HashMap::new();
+    // The blob, the repository, the digest by which that knows it.
+    let mut links: Vec<(DigestId, NameId, DigestId)> = Vec::new();
     for repository in catalog.repositories.values() {
         let name = catalog.tables.names.intern(repository.name.as_os_str());
         for layer in repository.layers.iter().copied().filter(|id| !mark.is_reachable(*id)) {
             let targets = catalog.aliases.get(&layer).map_or(std::slice::from_ref(&layer), Vec::as_slice);
-            for target in targets {
-                links.entry(*target).or_default().push((name, layer));
-            }
+            links.extend(targets.iter().map(|target| (*target, name, layer)));
         }
     }
+    links.sort_unstable();
     let (mut found, mut problems) = (Vec::new(), Vec::new());
+    let mut shard: Option<(PathBuf, Box<dyn Directory + '_>)> = None;
     for digest in catalog.blobs.iter().copied().filter(|id| !mark.is_reachable(*id)) {
         let path = layout::blob_data(&catalog.digest(digest));
-        match candidate(store, catalog, digest, &path, links.remove(&digest).unwrap_or_default()) {
+        let from = links.partition_point(|(target, ..)| *target < digest);
+        let own = links[from..].iter().take_while(|(target, ..)| *target == digest);
+        match candidate(
+            store,
+            catalog,
+            digest,
+            &path,
+            own.map(|(_, name, layer)| (*name, *layer)),
+            &mut shard,
+        ) {
             Ok(candidate) => found.extend(candidate),
             Err(e) if e.is_damage() => {
                 let what = format!("{e}, so the age of {} is unknown", catalog.digest(digest));
@@ -413,24 +423,32 @@ pub fn candidates(
 }
 
 /// Looks at one unreferenced blob; `None` when its bytes are not there: what a sweep took leaves its directory.
-fn candidate(
-    store: &dyn Store,
+///
+/// Blobs come by the first byte of their digests: `shard` is the directory of the one before.
+fn candidate<'a>(
+    store: &'a dyn Store,
     catalog: &Catalog,
     digest: DigestId,
     path: &Path,
-    links: Vec<(NameId, DigestId)>,
+    links: impl Iterator<Item = (NameId, DigestId)>,
+    shard: &mut Option<(PathBuf, Box<dyn Directory + 'a>)>,
 ) -> Result<Option<Candidate>> {
-    let Some(stat) = store.stat(path)? else { return Ok(None) };
-    let mut candidate =
-        Candidate { digest, stat, last_used: stat.modified.max(stat.changed), links: Vec::new() };
+    let above = path.ancestors().nth(2).unwrap_or(Path::new(layout::BLOBS));
+    let directory = match shard {
+        Some((place, directory)) if place == above => directory,
+        _ => &mut shard.insert((above.to_path_buf(), store.directory(above)?)).1,
+    };
+    let Some(stat) = directory.stat(path.strip_prefix(above).unwrap_or(path))? else { return Ok(None) };
+    let mut last_used = stat.modified.max(stat.changed);
+    let mut found = Vec::new();
     for (repository, layer) in links {
         let path = layout::layer_link(Path::new(&*catalog.name(repository)), &catalog.digest(layer));
         if let Some(stat) = store.stat(&path)? {
-            candidate.last_used = candidate.last_used.max(stat.modified).max(stat.changed);
-            candidate.links.push((repository, layer));
+            last_used = last_used.max(stat.modified).max(stat.changed);
+            found.push((repository, layer));
         }
     }
-    Ok(Some(candidate))
+    Ok(Some(Candidate { digest, bytes: stat.size, last_used, links: found.into() }))
 }
 
 /// Decides. Pure.
@@ -455,7 +473,7 @@ pub fn decide(catalog: &Catalog, going: &Going, candidates: &[Candidate], policy
     let mut links: Vec<Item> = Vec::new();
     let mut blobs = Vec::new();
     for candidate in candidates {
-        let (digest, bytes) = (candidate.digest, candidate.stat.size);
+        let (digest, bytes) = (candidate.digest, candidate.bytes);
         let reason = match (below_untagged.contains(digest), below_orphaned.contains(digest)) {
             (true, _) => Reason::BelowUntagged,
             (false, true) => Reason::BelowOrphaned,

@@ -23,9 +23,10 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use super::leftovers::{digests_below, named_in, unless_misplaced};
+use super::leftovers::{digests_below, roots, unless_misplaced};
+use super::mark::Reach;
 use super::plan::{Going, Policy};
-use crate::catalog::intern::DigestId;
+use crate::catalog::intern::{DigestId, IdSet};
 use crate::catalog::{Catalog, Repository};
 use crate::digest::{Algorithm, Digest};
 use crate::error::Result;
@@ -82,7 +83,7 @@ pub(super) fn search(
     going: &Going,
     first: Option<&[Repair]>,
 ) -> Result<Vec<Repair>> {
-    let mut search = Search { store, catalog, policy, repairs: Vec::new() };
+    let mut search = Search { store, catalog, policy, named: Reach::new(catalog), repairs: Vec::new() };
     for repository in catalog.repositories.values().filter(|r| r.is_valid && policy.includes(&r.name)) {
         let going = going.revisions_of(&repository.name);
         search.revisions(repository, going)?;
@@ -103,6 +104,8 @@ struct Search<'a> {
     store: &'a dyn Store,
     catalog: &'a Catalog,
     policy: &'a Policy,
+    /// What the repository that is looked at leads to.
+    named: Reach,
     repairs: Vec<Repair>,
 }
 
@@ -162,10 +165,27 @@ impl Search<'_> {
             Err(e) if e.is_damage() => return Ok(()),
             Err(e) => return Err(e),
         };
-        let named = named_in(self.catalog, repository, going);
-        for layer in repository.layers.iter().filter(|layer| named.contains(layer)) {
-            let digest = self.catalog.digest(*layer);
-            self.rewrite(layout::layer_link(&repository.name, &digest), digest)?;
+        self.named.walk(self.catalog, roots(repository, going));
+        let mut links = self.store.directory(&root)?;
+        // Links that are there, whatever they hold.
+        let mut present = IdSet::default();
+        for layer in repository.layers.iter().copied() {
+            if !self.named.contains(layer) {
+                continue;
+            }
+            let digest = self.catalog.digest(layer);
+            let link = layout::layer_link(&repository.name, &digest);
+            let name = link.strip_prefix(&root).unwrap_or(&link);
+            let is_whole = match links.read(name, layout::LINK_LIMIT, false) {
+                Ok(None) => continue,
+                Ok(Some((content, _))) => layout::parse_link(content).is_ok(),
+                Err(e) if e.is_damage() => true,
+                Err(e) => return Err(e),
+            };
+            present.insert(layer);
+            if !is_whole {
+                self.rewrite(link, digest)?;
+            }
         }
         let mut asked: HashSet<DigestId> = HashSet::new();
         let mut is_written = false;
@@ -178,7 +198,9 @@ impl Search<'_> {
             }
             let blobs: Vec<DigestId> = manifest.descriptors().iter().map(|d| d.digest).collect();
             for id in blobs.into_iter().filter(|id| asked.insert(*id)) {
-                is_written |= self.missing_link(repository, id)?;
+                if !present.contains(id) {
+                    is_written |= self.missing_link(repository, id)?;
+                }
             }
         }
         if is_absent

@@ -85,7 +85,7 @@ impl View<'_> {
         let candidates = snapshot.candidates(self.store);
         let (young, eligible): (Vec<_>, Vec<_>) =
             candidates.iter().partition(|c| policy.is_young(c.last_used));
-        let bytes = |list: &[&crate::gc::plan::Candidate]| human(list.iter().map(|c| c.stat.size).sum());
+        let bytes = |list: &[&crate::gc::plan::Candidate]| human(list.iter().map(|c| c.bytes).sum());
         let kept: Vec<DigestId> =
             catalog.blobs.iter().copied().filter(|id| snapshot.mark().is_reachable(*id)).collect();
         let kept_bytes = kept.iter().map(|id| snapshot.claimed_size(*id)).sum();
