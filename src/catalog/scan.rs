@@ -41,7 +41,8 @@ const AT_REST: Duration = Duration::from_secs(2);
 pub struct Depth {
     /// Tags. Without them, what only a tag names whose manifest was deleted looks like garbage.
     pub tags: bool,
-    /// Times of links: a scan after this one then reads only what changed.
+    /// Times of links: a scan after this one then reads only what changed. Without them a tag that is in order is
+    /// looked at and not kept: its manifest is a revision anyway.
     pub times: bool,
 }
 
@@ -498,7 +499,8 @@ impl<'a> Scan<'a> {
                 },
             };
             if layout::is_tag(&name) {
-                if tag.target.is_some_and(|t| repository.revision(t).is_none()) {
+                let is_dangling = tag.target.is_some_and(|t| repository.revision(t).is_none());
+                if is_dangling {
                     let link = link();
                     let full = self.store.full(&link);
                     let what =
@@ -506,7 +508,9 @@ impl<'a> Scan<'a> {
                     self.note(&link, what, Effect::KeepsNamed);
                     repository.held.extend(tag.target);
                 }
-                repository.tags.push(tag);
+                if self.depth.times || is_dangling || tag.target.is_none() {
+                    repository.tags.push(tag);
+                }
             } else {
                 self.unknown_name(&root.join(&name), "no valid tag; what it points at is kept");
                 repository.held.extend(tag.target);

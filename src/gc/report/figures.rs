@@ -2,7 +2,7 @@
 //!
 //! # Cost
 //! One walk for each repository over what it keeps. Sizes of kept blobs are those that manifests claim, so only blobs
-//! that no manifest names (kept because of a problem) take a `stat`. 12 bytes for each digest while it lasts.
+//! that no manifest names (kept because of a problem) take a `stat`. 8 bytes for each digest while it lasts.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -247,16 +247,24 @@ struct Walk<'a> {
     /// The last walk that came by, for each digest.
     seen: Vec<u32>,
     turn: u32,
-    /// Bytes as claimed, for each digest.
-    sizes: Vec<u64>,
+    /// Bytes as claimed, for each digest; [`LARGE`] where they stand in `large`.
+    sizes: Vec<u32>,
+    large: HashMap<DigestId, u64>,
 }
 
-const UNKNOWN: u64 = u64::MAX;
+const UNKNOWN: u32 = u32::MAX;
+const LARGE: u32 = u32::MAX - 1;
 
 impl<'a> Walk<'a> {
     fn new(catalog: &'a Catalog) -> Walk<'a> {
         let digests = catalog.tables.digests.bound();
-        Walk { catalog, seen: vec![0; digests], turn: 0, sizes: vec![UNKNOWN; digests] }
+        Walk {
+            catalog,
+            seen: vec![0; digests],
+            turn: 0,
+            sizes: vec![UNKNOWN; digests],
+            large: HashMap::new(),
+        }
     }
 
     /// Everything that `roots` lead to, each once; without the further digests of odd manifests if told so.
@@ -293,12 +301,18 @@ impl<'a> Walk<'a> {
     }
 
     fn size(&self, id: DigestId) -> Option<u64> {
-        self.sizes.get(id.index()).copied().filter(|size| *size != UNKNOWN)
+        match self.sizes.get(id.index()).copied()? {
+            UNKNOWN => None,
+            LARGE => self.large.get(&id).copied(),
+            size => Some(size.into()),
+        }
     }
 
     fn set_size(&mut self, id: DigestId, size: u64) {
-        if let Some(known) = self.sizes.get_mut(id.index()) {
-            *known = size;
+        let Some(known) = self.sizes.get_mut(id.index()) else { return };
+        *known = u32::try_from(size).unwrap_or(LARGE).min(LARGE);
+        if *known == LARGE {
+            self.large.insert(id, size);
         }
     }
 }
