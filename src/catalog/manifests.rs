@@ -48,8 +48,8 @@ impl Scan<'_> {
                     None => unknown.push(id),
                 }
             }
-            for (id, manifest) in self.read_manifests(unknown) {
-                found(id, Arc::new(manifest), self);
+            for (id, manifest) in self.read_manifests(unknown).into_iter().flatten() {
+                found(id, manifest, self);
             }
             waiting = next;
         }
@@ -62,8 +62,8 @@ impl Scan<'_> {
         media_type.is_empty() || media_type.to_str().is_some_and(manifest::is_manifest_type)
     }
 
-    /// Reads manifests, those that lie in one directory together.
-    fn read_manifests(&mut self, ids: Vec<DigestId>) -> Vec<(DigestId, Manifest)> {
+    /// Reads manifests, those that lie in one directory together; a list from each thread.
+    fn read_manifests(&mut self, ids: Vec<DigestId>) -> Vec<Vec<(DigestId, Arc<Manifest>)>> {
         let mut shards: BTreeMap<(Algorithm, u8), Vec<DigestId>> = BTreeMap::new();
         for id in ids {
             let digest = self.tables.digests.get(id);
@@ -76,13 +76,14 @@ impl Scan<'_> {
             let path = layout::blob_shard(shard.0, &format!("{:02x}", shard.1));
             match part.store.directory(&path) {
                 Ok(mut directory) => {
-                    read.extend(ids.iter().map(|id| (*id, part.manifest(&mut *directory, &path, *id))));
+                    let mut manifest = |id| Arc::new(part.manifest(&mut *directory, &path, id));
+                    read.extend(ids.iter().map(|id| (*id, manifest(*id))));
                 }
                 Err(e) => {
                     if !e.is_damage() {
                         part.failed(&path, &e, Effect::StopsSweep);
                     }
-                    let damaged = || Manifest::Damaged { reason: e.to_string() };
+                    let damaged = || Arc::new(Manifest::Damaged { reason: e.to_string() });
                     read.extend(ids.iter().map(|id| (*id, damaged())));
                 }
             }
@@ -90,7 +91,7 @@ impl Scan<'_> {
         let mut all = Vec::new();
         for (part, read) in parts {
             self.absorb(part);
-            all.extend(read);
+            all.push(read);
         }
         all
     }

@@ -464,6 +464,7 @@ impl<'a> Scan<'a> {
             }
         }
         repository.revisions.sort_unstable_by_key(|r| r.digest);
+        repository.revisions.shrink_to_fit();
     }
 
     fn tags(&mut self, repository: &mut Repository, before: Option<&Repository>) {

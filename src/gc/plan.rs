@@ -369,6 +369,7 @@ impl Plan {
         let found = leftovers::search(&facts, &candidates, &plan.items, first.map(|p| &*p.items))?;
         plan.items.extend(found);
         plan.items.sort_by_key(Item::kind);
+        plan.items.shrink_to_fit();
         Ok(plan)
     }
 
