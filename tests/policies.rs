@@ -391,6 +391,30 @@ fn a_dry_run_asks_nothing_about_what_is_kept() {
     assert!(calls.iter().any(|call| call.path == blob_path(&garbage)));
 }
 
+/// On a disk a read is three system calls (open, read, close) and a look at a file one.
+#[test]
+fn a_dry_run_reads_each_tag_revision_and_manifest_once_and_nothing_else() {
+    let calls = |images: usize, words: &str| {
+        let store = store();
+        for number in 0..images {
+            put_image(&store, "app", Some(&number.to_string()), &image(&format!("image {number}")));
+        }
+        let faulty = Faulty::new(store, Fault::Never, 0);
+        run(&*faulty, words);
+        let calls = faulty.calls();
+        ["list", "read", "stat"].map(|name| calls.iter().filter(|call| call.name == name).count())
+    };
+    // Ten images more: for each its tag, its revision and its manifest; nothing for its config and its layers.
+    let more = |words: &str| {
+        let (few, many) = (calls(10, words), calls(20, words));
+        [0, 1, 2].map(|at| many[at] - few[at])
+    };
+    let [lists, reads, stats] = more("dry-run");
+    // A memory store has no shards: each blob may bring a directory of its own to list.
+    assert!(lists <= 30, "{lists}");
+    assert_eq!((reads, stats), (30, 0));
+}
+
 #[test]
 fn on_a_disk_a_repair_writes_what_a_registry_would_have_written() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
