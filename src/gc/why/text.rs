@@ -18,7 +18,7 @@ impl Why {
             writeln!(out, "no collection runs before this is mended: {obstacle}")?;
         }
         match &self.garbage {
-            Some(garbage) => self.write_garbage(out, garbage, place)?,
+            Some(garbage) => self.write_garbage(out, garbage)?,
             None if self.is_kept => self.write_chains(out, place)?,
             None => writeln!(out, "nothing leads to it")?,
         }
@@ -82,7 +82,7 @@ impl Why {
         Ok(())
     }
 
-    fn write_garbage(&self, out: &mut dyn Write, garbage: &Garbage, _: Place<'_>) -> io::Result<()> {
+    fn write_garbage(&self, out: &mut dyn Write, garbage: &Garbage) -> io::Result<()> {
         writeln!(out, "nothing leads to it: {}", garbage.reason)?;
         if self.referrers > 0 {
             writeln!(out, "{} about it would not keep it", count(self.referrers, "manifest"))?;
@@ -90,11 +90,14 @@ impl Why {
         if let (Some(used), Some(eligible)) = (garbage.last_used, garbage.eligible_at) {
             let grace = age(self.grace);
             let (used, eligible) = (timestamp(used), timestamp(eligible));
-            let tense = if garbage.is_eligible { "has been" } else { "will be" };
-            writeln!(
-                out,
-                "last used {used}; with a grace period of {grace} it {tense} garbage since {eligible}"
-            )?;
+            match garbage.is_eligible {
+                true => {
+                    writeln!(out, "last used {used}; a sweep may take it since {eligible} (grace {grace})")?
+                }
+                false => {
+                    writeln!(out, "last used {used}; a sweep may take it from {eligible} on (grace {grace})")?
+                }
+            }
         }
         for repository in &garbage.links {
             writeln!(out, "layer link in {}: goes along with it", repository.display())?;
