@@ -9,6 +9,7 @@ mod output;
 mod progress;
 mod sample;
 mod trash;
+mod why;
 
 use std::ffi::OsString;
 use std::io::{ErrorKind, Write};
@@ -55,6 +56,8 @@ enum Command {
     Gc(gc::GcArgs),
     /// List, undo or purge what was taken out of a store
     Trash(trash::TrashArgs),
+    /// Say what keeps a blob or a manifest, or since when it is garbage
+    Why(why::WhyArgs),
     /// Make a small registry to try regfs on
     Sample {
         /// A directory that does not exist yet, or is empty
@@ -79,6 +82,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>, environment: Environment<'
         Command::Umount { mountpoint } => mount::umount(&mountpoint),
         Command::Gc(gc) => gc::run(&gc, &args, environment),
         Command::Trash(trash) => trash::run(&trash, &args, environment),
+        Command::Why(why) => why::run(&why, environment),
         Command::Sample { directory } => sample::run(&directory),
     };
     match result {

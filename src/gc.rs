@@ -20,6 +20,7 @@ pub mod plan;
 pub mod repair;
 pub mod report;
 pub mod sweep;
+pub mod why;
 
 use std::path::PathBuf;
 use std::sync::Arc;

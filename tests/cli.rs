@@ -50,13 +50,14 @@ fn help_goes_to_stdout() {
         &["umount", "--help"],
         &["gc", "--help"],
         &["trash", "--help"],
+        &["why", "--help"],
         &["sample", "--help"],
     ] {
         let outcome = run(words).exits(0);
         assert!(outcome.stdout.contains("Usage: regfs") && outcome.stderr.is_empty(), "{outcome}");
     }
     let all = run(&["--help"]).exits(0).stdout;
-    for command in ["mount", "umount", "gc", "trash", "sample"] {
+    for command in ["mount", "umount", "gc", "trash", "why", "sample"] {
         assert!(all.contains(command), "{command} is not in {all}");
     }
     let version = run(&["--version"]).exits(0);
@@ -81,6 +82,8 @@ fn wrong_usage_exits_with_2() {
         &["trash", root],
         &["trash", root, "undo"],
         &["trash", root, "burn"],
+        &["why", root],
+        &["why", root, "app:1", "--grace", "banana"],
         &["sample"],
     ] {
         let outcome = run(words).exits(2);
@@ -104,6 +107,28 @@ fn what_is_no_registry_is_refused_and_left_alone() {
     }
     run(&["gc", text(&dir.path().join("plain.txt"))]).exits(1).says("plain.txt");
     assert_eq!(snapshot(dir.path()), before);
+}
+
+#[test]
+fn why_says_what_keeps_a_blob_and_what_is_garbage() {
+    let store = store();
+    let before = snapshot(store.root());
+    let root = text(store.root());
+    let manifest = image().digest();
+    let kept = run(&["why", root, "app:1"]).exits(0);
+    assert!(kept.stdout.contains("app:1 (tag, pushed ") && kept.stdout.contains(&manifest), "{kept}");
+    let json: Value =
+        serde_json::from_str(&run(&["why", root, &manifest, "--json"]).exits(0).stdout).unwrap();
+    assert_eq!((&json["kept"], &json["chains"][0]["tag"]), (&true.into(), &"1".into()), "{json}");
+    let garbage = run(&["why", root, &sha256(GARBAGE)[..19], "--grace", "0"]).exits(0);
+    assert!(
+        garbage.stdout.contains("nothing leads to it") && garbage.stdout.contains("--dry-run"),
+        "{garbage}"
+    );
+    run(&["why", root, &sha256(b"nobody's")]).exits(1).says("neither a blob nor anything that names it");
+    run(&["why", root, "app"]).exits(1).says("<repository>:<tag>");
+    run(&["why", root, "app:2"]).exits(1).says("app");
+    assert_eq!(snapshot(store.root()), before);
 }
 
 /// A configuration that names `root`, in the words of `text`.

@@ -866,7 +866,8 @@ fn the_view_says_who_holds_what() {
     let shared = sha256(&one.blobs[1]);
     let keepers =
         mount.list(&format!("reachability/reachable/sha256/{}/{}", &hex(&shared)[..2], hex(&shared)));
-    assert_eq!(keepers.len(), 2, "{keepers:?}");
+    assert_eq!(keepers.len(), 3, "{keepers:?}");
+    assert_eq!(keepers.iter().filter(|name| *name == "why").count(), 1, "{keepers:?}");
     assert_eq!(mount.list("reachability/untagged"), ["team"]);
     let untagged = mount.list("reachability/untagged/team");
     assert_eq!(untagged.len(), 1, "{untagged:?}");
@@ -882,6 +883,32 @@ fn the_view_says_who_holds_what() {
         let path = format!("blobs/sha256/{}/{}", &hex(&digest)[..2], hex(&digest));
         assert_eq!(sha256(&fs::read(mount.path(path)).unwrap()), digest);
     }
+}
+
+#[test]
+fn the_view_says_why() {
+    if !have(NEEDS) {
+        return;
+    }
+    let registry = Registry::start();
+    registry.push("team/app", Some("one"), &alpine());
+    registry.push_blob("team/app", b"a layer whose manifest never came");
+    let mount = Mount::of(&registry.store());
+
+    let kept = sha256(&alpine().blobs[1]);
+    let place = format!("reachability/reachable/sha256/{}/{}/why", &hex(&kept)[..2], hex(&kept));
+    let why = mount.read(&place);
+    assert!(why.contains("team/app:one (tag, pushed "), "{why}");
+    assert!(why.contains(&format!("  → layer {kept}")), "{why}");
+    let garbage = sha256(b"a layer whose manifest never came");
+    assert_eq!(mount.list("reachability/why/sha256"), [hex(&garbage)]);
+    let why = mount.read(&format!("reachability/why/sha256/{}", hex(&garbage)));
+    assert!(why.contains("nothing leads to it") && why.contains("layer link in team/app"), "{why}");
+    // Not listed, and there all the same.
+    let why = mount.read(&format!("reachability/why/sha256/{}", hex(&kept)));
+    assert!(why.contains("team/app:one"), "{why}");
+    let nobodys = mount.path(format!("reachability/why/sha256/{}", hex(&sha256(b"nobody's"))));
+    assert_eq!(fs::read(nobodys).unwrap_err().kind(), std::io::ErrorKind::NotFound);
 }
 
 #[test]

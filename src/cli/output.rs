@@ -1,4 +1,4 @@
-//! How `regfs gc` prints its report.
+//! How `regfs gc` prints its report, and how stdout is written to.
 
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::Path;
@@ -51,7 +51,7 @@ impl OutputArgs {
 }
 
 /// Writes to stdout; a reader that goes away is no failure.
-fn to_stdout(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+pub(super) fn to_stdout(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let mut out = BufWriter::with_capacity(1 << 16, io::stdout().lock());
     match write(&mut out).and_then(|()| out.flush()) {
         Err(e) if e.kind() == ErrorKind::BrokenPipe => {

@@ -30,6 +30,7 @@ use crate::store::Store;
 use crate::trash::purge::Purged;
 use figures::Figures;
 pub use json::SCHEMA;
+pub(super) use text::age;
 pub use text::{Details, Place};
 
 /// What sort of run it was.

@@ -61,6 +61,8 @@ impl View<'_> {
                 let mode = if self.settings.read_only { 0o400 } else { 0o600 };
                 Some(Attributes { mode, size: size_of(node), modified: SystemTime::now(), ..plain })
             }
+            // As in /proc: it takes a pass over all manifests to write it, too much for every `stat` of a `find`.
+            Node::WhyText(_) => Some(plain),
             _ => Some(Attributes { size: size_of(node), ..plain }),
         })
     }

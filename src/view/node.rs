@@ -207,6 +207,12 @@ nodes! {
     54 ControlStatus,
     /// `control/log`
     55 ControlLog,
+    /// `reachability/why`
+    56 Why,
+    /// `reachability/why/sha256`
+    57 WhyOf(algorithm: Algorithm),
+    /// `reachability/why/sha256/<hex>`, and `why` in the directory of a reachable blob
+    58 WhyText(digest: DigestId),
 }
 
 /// What a node is to `stat(2)`.

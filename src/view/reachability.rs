@@ -1,10 +1,10 @@
 //! The directory `reachability/`: what the mark found, for people.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use super::node::Node;
-use super::tree::{Entries, entry, file_name, flat};
+use super::tree::{Entries, WHY, entry, file_name, flat};
 use super::{Snapshot, View};
 use crate::catalog::intern::DigestId;
 
@@ -21,6 +21,7 @@ impl View<'_> {
                 entry("unreachable", Node::Unreachable),
                 entry("untagged", Node::Untagged),
                 entry("usage.tsv", Node::Usage),
+                entry("why", Node::Why),
             ],
             Node::Reachable => {
                 let kept: Vec<DigestId> =
@@ -46,6 +47,11 @@ impl View<'_> {
                 .filter(|c| catalog.digest(c.digest).algorithm() == algorithm)
                 .map(|c| entry(self.hex(c.digest), Node::Blob(c.digest)))
                 .collect(),
+            Node::Why => self.reachability(Node::Unreachable)?.into_iter().filter_map(why_of).collect(),
+            Node::WhyOf(algorithm) => {
+                let listed = self.reachability(Node::UnreachableOf(algorithm))?;
+                listed.into_iter().filter_map(why_of).collect()
+            }
             Node::Untagged => self.untagged(Path::new("")),
             Node::UntaggedIn(path) => self.untagged(&snapshot.path(path)?),
             Node::Missing => self.algorithms_of(snapshot.missing(self.store), Node::MissingOf),
@@ -79,6 +85,7 @@ impl View<'_> {
                 entries.push(entry(text, Node::KeeperRevision(id, self.snapshot.name_id(name))));
             }
         }
+        entries.push(entry(WHY, Node::WhyText(id)));
         entries
     }
 
@@ -102,6 +109,15 @@ impl View<'_> {
             }
         }
         entries
+    }
+}
+
+/// What `reachability/why` has in the place of an entry of `reachability/unreachable`.
+fn why_of((name, node): (OsString, Node)) -> Option<(OsString, Node)> {
+    match node {
+        Node::UnreachableOf(algorithm) => Some((name, Node::WhyOf(algorithm))),
+        Node::Blob(id) => Some((name, Node::WhyText(id))),
+        _ => None,
     }
 }
 

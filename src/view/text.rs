@@ -9,10 +9,11 @@ use std::time::SystemTime;
 use super::node::Node;
 use super::{View, reachability};
 use crate::catalog::intern::DigestId;
-use crate::error::count;
+use crate::error::{Error, count};
 use crate::gc::Options;
 use crate::gc::plan::Policy;
-use crate::gc::report::{human, timestamp};
+use crate::gc::report::{Place, human, timestamp};
+use crate::gc::why;
 use crate::manifest;
 use crate::store::Version;
 
@@ -33,6 +34,7 @@ impl View<'_> {
             Node::Usage => return Some(self.usage()),
             Node::MissingBlob(id) => self.missing(id)?,
             Node::BrokenFile(name) => self.broken(&self.snapshot.name(name)?)?,
+            Node::WhyText(id) => self.why(id)?,
             _ => return None,
         };
         Some(text.into_bytes().into())
@@ -173,6 +175,27 @@ impl View<'_> {
             Arc::from(text.into_bytes())
         };
         self.snapshot.usage.get_or_init(build).clone()
+    }
+
+    /// What [`why`] can be told here.
+    pub(super) fn facts(&self) -> why::Facts<'_> {
+        why::Facts {
+            store: self.store,
+            catalog: &self.snapshot.catalog,
+            mark: self.snapshot.mark(),
+            grace: self.settings.grace,
+            now: SystemTime::now(),
+        }
+    }
+
+    /// The text of `regfs why`.
+    fn why(&self, id: DigestId) -> Option<String> {
+        let digest = self.snapshot.catalog.tables.digests.checked(id)?;
+        match why::why(&self.facts(), &digest, why::FEW) {
+            Ok(why) => Some(why.text(Place::ControlFile)),
+            Err(Error::NotFound { .. }) => None,
+            Err(e) => Some(format!("{e}\n")),
+        }
     }
 
     fn missing(&self, id: DigestId) -> Option<String> {

@@ -12,6 +12,7 @@ use crate::catalog::intern::{DigestId, NameId};
 use crate::catalog::{Descriptor, Parsed, Repository};
 use crate::digest::{Algorithm, Digest};
 use crate::error::Result;
+use crate::gc::why;
 use crate::layout;
 use crate::store;
 use crate::trash;
@@ -22,6 +23,8 @@ pub const TAGS: &str = "_tags";
 pub const REVISIONS: &str = "_manifests";
 /// Names in `images/<repository>`.
 pub const UPLOADS: &str = "_uploads";
+/// Name of what says why, beside the symlinks in the directory of a reachable blob.
+pub const WHY: &str = "why";
 
 /// A directory's entries.
 pub type Entries = Vec<(OsString, Node)>;
@@ -101,6 +104,11 @@ impl View<'_> {
             Node::UnreachableOf(algorithm) => by_digest(algorithm)
                 .filter(|id| self.snapshot.candidate(self.store, *id).is_some())
                 .map(Node::Blob),
+            // Any digest of the store has an answer; the listing shows the garbage.
+            Node::WhyOf(algorithm) => {
+                by_digest(algorithm).filter(|id| why::is_known(&self.facts(), *id)).map(Node::WhyText)
+            }
+            Node::ReachableBlob(id) if name == WHY => Some(Node::WhyText(id)),
             Node::Images | Node::Namespace(_) => self.below_images(parent, name),
             Node::Broken => problem_number(name)
                 .filter(|at| broken_name(self.snapshot, *at).is_some_and(|n| *n == *name))
@@ -210,7 +218,9 @@ impl View<'_> {
             | Node::UntaggedIn(_)
             | Node::Missing
             | Node::MissingOf(_)
-            | Node::Broken => self.reachability(node),
+            | Node::Broken
+            | Node::Why
+            | Node::WhyOf(_) => self.reachability(node),
             Node::Trash => Some(self.trashed(Path::new(""))?),
             Node::Trashed(path) => match self.snapshot.path(path) {
                 Some(path) => Some(self.trashed(&path)?),
@@ -484,6 +494,7 @@ impl View<'_> {
             | Node::Usage
             | Node::MissingBlob(_)
             | Node::BrokenFile(_)
+            | Node::WhyText(_)
             | Node::ControlGc
             | Node::ControlTrash
             | Node::ControlRefresh

@@ -36,10 +36,18 @@ pub enum Place<'a> {
 
 impl Place<'_> {
     /// The command that gives a transaction back (`undo`) or frees it (`purge`).
-    fn trash(&self, command: &str, id: &str) -> String {
+    pub(in crate::gc) fn trash(&self, command: &str, id: &str) -> String {
         match self {
             Place::CommandLine(store) => format!("regfs trash {} {command} {id}", store.display()),
             Place::ControlFile => format!("echo '{command} {id}' > control/trash"),
+        }
+    }
+
+    /// The command that shows what a sweep would take.
+    pub(in crate::gc) fn dry_run(&self) -> String {
+        match self {
+            Place::CommandLine(store) => format!("regfs gc {} --dry-run", store.display()),
+            Place::ControlFile => "echo dry-run > control/gc; cat control/gc".to_string(),
         }
     }
 
@@ -286,7 +294,7 @@ impl Report {
 }
 
 /// A duration as it is typed: `24h`, `7d`.
-fn age(duration: Duration) -> String {
+pub(in crate::gc) fn age(duration: Duration) -> String {
     const HOUR: u64 = 3600;
     match (duration.as_secs(), duration.subsec_nanos()) {
         (0, _) | (_, 1..) => humantime::format_duration(duration).to_string(),

@@ -1,0 +1,67 @@
+//! `regfs why`
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use clap::Args;
+
+use super::output::to_stdout;
+use super::{Environment, Outcome, duration, open};
+use crate::catalog::Tables;
+use crate::catalog::cache::{self, Place};
+use crate::catalog::scan::scan;
+use crate::error::{Error, Result};
+use crate::gc::mark::{self, Untagged};
+use crate::gc::{report, why};
+
+/// Say what keeps a blob or a manifest, or since when it is garbage.
+///
+/// One chain of references for each tag, untagged manifest or problem that leads to it, in whatever repository. Changes
+/// nothing.
+///
+/// WHAT is sha256:<hex>, the first 6 or more digits of it, <repository>:<tag> or <repository>@<digest>.
+#[derive(Args, Debug)]
+#[command(after_help = JSON_HELP)]
+pub(super) struct WhyArgs {
+    /// The registry's rootdirectory or its config.yml
+    store: PathBuf,
+    /// A digest, the start of one, or an image reference
+    what: String,
+    /// Show every chain, not just the first ten
+    #[arg(long)]
+    all: bool,
+    /// What was used more recently than this is no garbage yet
+    #[arg(long, value_name = "AGE", default_value = "24h", value_parser = duration)]
+    grace: Duration,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const JSON_HELP: &str = "\
+JSON: digest, kind, media_type, bytes, present, stored_as, kept, untagged (a sweep with --untagged takes it),
+chains_found, chains: [{repository, root: tag|dangling-tag|untagged|held|problem, tag, pushed, problems,
+  steps: [{link: names|referrer|stored-as|served-as, digest, kind, platform}]}],
+garbage: {reason, last_used, eligible_at, eligible, layer_links} or null,
+trash: [{id, bytes, manifest_of, layer_links}], obstacles (why no collection runs)";
+
+pub(super) fn run(args: &WhyArgs, environment: Environment<'_>) -> Result<Outcome> {
+    let store = open(&args.store, environment)?;
+    let tables = Tables::new(None);
+    let known = cache::load(&store, &Place::Store, &tables);
+    let catalog = scan(&store, &Tables { known: Arc::new(known), ..tables }, None);
+    let mark = mark::mark(&catalog, &Untagged::new());
+    let (grace, now) = (args.grace, SystemTime::now());
+    let facts = why::Facts { store: &store, catalog: &catalog, mark: &mark, grace, now };
+    let digest = why::find(&facts, &args.what)?;
+    let why = why::why(&facts, &digest, if args.all { usize::MAX } else { why::FEW })?;
+    if args.json {
+        let json = serde_json::to_string_pretty(&why.json());
+        let json = json.map_err(|e| Error::io("write", Path::new("the answer"), e))?;
+        to_stdout(|out| writeln!(out, "{json}"))?;
+    } else {
+        to_stdout(|out| why.write_text(out, report::Place::CommandLine(&args.store)))?;
+    }
+    Ok(Outcome::Done)
+}
