@@ -103,6 +103,8 @@ pub struct Repository {
     pub layers: Vec<DigestId>,
     /// Further blobs it holds: targets of links under unknown algorithms, of tags with invalid names, signatures.
     pub held: Vec<DigestId>,
+    /// Those of them that are manifests, as far as their place tells: what they lead to is held as well.
+    pub held_manifests: Vec<DigestId>,
     /// Pushes in progress, by name.
     pub uploads: Vec<NameId>,
     /// How much is kept here because something could not be judged.

@@ -347,6 +347,16 @@ fn tags_with_names_that_no_registry_gives() {
 }
 
 #[test]
+fn a_tag_with_a_name_that_no_registry_gives_keeps_what_a_manifest_without_revision_leads_to() {
+    story(|store| {
+        let tags = store.repository(DAMAGED, "_manifests/tags");
+        fs::rename(tags.join("1"), tags.join("with space")).unwrap();
+        fs::remove_file(store.revision_link(DAMAGED, &victim().digest())).unwrap();
+        vec!["team/damaged/_manifests/tags".into()]
+    });
+}
+
+#[test]
 fn revisions_and_blobs_with_names_that_are_no_digests() {
     story(|store| {
         let revisions = store.repository(DAMAGED, "_manifests/revisions");

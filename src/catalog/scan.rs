@@ -439,6 +439,7 @@ impl<'a> Scan<'a> {
                     // Its name still tells which manifest it was.
                     self.replaced(&path.join(&hex), kind, everything.clone());
                     repository.held.push(id);
+                    repository.held_manifests.push(id);
                     continue;
                 }
                 let name = layout::link_in(&hex);
@@ -502,6 +503,7 @@ impl<'a> Scan<'a> {
             if layout::is_tag(&name) {
                 let is_dangling = tag.target.is_some_and(|t| repository.revision(t).is_none());
                 if is_dangling {
+                    repository.held_manifests.extend(tag.target);
                     let link = link();
                     let full = self.store.full(&link);
                     let what =
@@ -515,6 +517,7 @@ impl<'a> Scan<'a> {
             } else {
                 self.unknown_name(&root.join(&name), "no valid tag; what it points at is kept");
                 repository.held.extend(tag.target);
+                repository.held_manifests.extend(tag.target);
             }
         }
         repository.tags.sort_unstable_by_key(|t| t.name);
