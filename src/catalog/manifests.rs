@@ -26,7 +26,8 @@ impl Scan<'_> {
         for repository in self.repositories.values() {
             let revisions = repository.revisions.iter().flat_map(|r| [r.digest, r.target]);
             let tags = repository.tags.iter().filter_map(|t| t.target);
-            waiting.extend(revisions.chain(tags).filter(|id| seen.insert(*id)));
+            let held = repository.held_manifests.iter().copied();
+            waiting.extend(revisions.chain(tags).chain(held).filter(|id| seen.insert(*id)));
         }
         while !waiting.is_empty() {
             manifests.reserve(waiting.len());
