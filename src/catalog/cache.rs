@@ -19,7 +19,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -101,7 +101,8 @@ pub fn load(store: &dyn Store, place: &Place, tables: &Tables) -> Manifests {
         }
         Place::Directory(directory) => {
             let path = directory.join(FILE);
-            let file = match File::open(&path) {
+            // A named pipe would keep us waiting for a writer.
+            let file = match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path) {
                 Ok(file) => Ok(Some(Source::File(file))),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
                 Err(e) => Err(e.to_string()),
@@ -272,8 +273,12 @@ fn write_file(directory: &Path, write: &dyn Fn(&mut dyn Write) -> io::Result<()>
     fs::create_dir_all(directory)?;
     let temporary = directory.join(format!("{FILE}.{}.tmp", std::process::id()));
     let result = (|| {
-        let file = File::create(&temporary)?;
-        file.set_permissions(fs::Permissions::from_mode(0o600))?;
+        // Something that was planted, as a link to another file, is not written to.
+        match fs::remove_file(&temporary) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let file = File::options().write(true).create_new(true).mode(0o600).open(&temporary)?;
         let mut buffered = io::BufWriter::new(file);
         write(&mut buffered)?;
         buffered.flush()?;
