@@ -328,3 +328,45 @@ fn a_blob_by_the_name_of_one_of_our_files_is_not_written_to() {
         live.assert_intact();
     }
 }
+
+/// A cache that says of each image that it needs other layers.
+fn forge(cache: &std::path::Path, layers: &[String]) {
+    let file = fs::read(cache).unwrap();
+    let start = file.iter().position(|byte| *byte == b'\n').unwrap() + 1;
+    let length = u32::from_le_bytes(file[start..start + 4].try_into().unwrap()) as usize;
+    let mut payload = file[start + 4..start + 4 + length].to_vec();
+    let unhex = |hex: &str| -> Vec<u8> {
+        (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
+    };
+    for layer in layers {
+        let digest = unhex(common::check::hex(layer));
+        let at = payload.windows(digest.len()).position(|window| window == digest).unwrap();
+        payload[at] ^= 0xff;
+    }
+    let sum = unhex(common::check::hex(&common::check::sha256(&payload)));
+    fs::write(cache, [&file[..start + 4], &payload, &sum].concat()).unwrap();
+}
+
+#[test]
+fn a_cache_that_somebody_else_could_write_makes_no_garbage() {
+    let store = Store::new();
+    store.push(APP, Some("1"), &image("plain"));
+    let live = Live::of_repository(store.root(), APP);
+    gc(store.root(), &["--grace", "0"]);
+    let cache = store.path(".regfs/cache/manifests");
+    let layers: Vec<String> = image("plain").blobs.iter().map(|blob| common::check::sha256(blob)).collect();
+    forge(&cache, &layers);
+    let dry_run = || gc(store.root(), &["--dry-run", "--grace", "0"]).taken_blobs();
+    assert!(!dry_run().is_empty(), "the forged cache is believed where only its owner can write it");
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o666)).unwrap();
+    assert_eq!(dry_run(), [].into());
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o600)).unwrap();
+    if common::is_root() {
+        std::os::unix::fs::chown(&cache, Some(common::NOBODY), None).unwrap();
+        assert_eq!(dry_run(), [].into());
+    } else {
+        fs::remove_file(&cache).unwrap();
+    }
+    gc(store.root(), &["--grace", "0"]);
+    live.assert_intact();
+}
