@@ -370,3 +370,17 @@ fn a_cache_that_somebody_else_could_write_makes_no_garbage() {
     gc(store.root(), &["--grace", "0"]);
     live.assert_intact();
 }
+
+#[test]
+fn a_dry_run_with_repairs_shows_the_missing_links_that_a_sweep_makes() {
+    let store = Store::new();
+    store.push(APP, Some("1"), &image("plain"));
+    fs::remove_file(store.layer_link(APP, &common::check::sha256(&image("plain").blobs[0]))).unwrap();
+    let repairs = |arguments: &[&str]| {
+        let outcome = gc_outcome(store.root(), arguments).exits(0);
+        let report: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+        report["repairs"].as_array().unwrap().len()
+    };
+    assert_eq!(repairs(&["--dry-run", "--grace", "0", "--repair"]), 1);
+    gc_outcome(store.root(), &["--dry-run", "--quick", "--repair"]).exits(2);
+}
