@@ -384,3 +384,18 @@ fn a_dry_run_with_repairs_shows_the_missing_links_that_a_sweep_makes() {
     assert_eq!(repairs(&["--dry-run", "--grace", "0", "--repair"]), 1);
     gc_outcome(store.root(), &["--dry-run", "--quick", "--repair"]).exits(2);
 }
+
+#[test]
+fn a_machine_without_room_for_more_threads_is_no_panic() {
+    let store = Store::new();
+    for number in 0..64 {
+        store.push(&format!("app{number}"), Some("1"), &image("plain"));
+    }
+    // A thread takes 2 MiB of addresses.
+    let line = format!(
+        "ulimit -v 60000; exec {} gc {} --dry-run --threads 64",
+        env!("CARGO_BIN_EXE_regfs"),
+        store.root().display()
+    );
+    common::run::sh(store.root(), &line).outcome().exits(0);
+}
