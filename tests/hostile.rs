@@ -399,3 +399,27 @@ fn a_machine_without_room_for_more_threads_is_no_panic() {
     );
     common::run::sh(store.root(), &line).outcome().exits(0);
 }
+
+#[test]
+fn directories_that_a_registry_removes_meanwhile_end_no_run() {
+    let store = Store::new();
+    store.push(APP, Some("1"), &image("plain"));
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 0.. {
+                if done.load(std::sync::atomic::Ordering::Relaxed) {
+                    break;
+                }
+                let upload = store.repository(APP, &format!("_uploads/{number}"));
+                put(&upload.join("hashstates/sha256/0"), b"");
+                fs::remove_dir_all(&upload).unwrap();
+            }
+        });
+        let codes: Vec<Option<i32>> = (0..100)
+            .map(|_| gc_outcome(store.root(), &["--dry-run", "--thorough", "--grace", "0"]).code)
+            .collect();
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(codes.iter().all(|code| *code == Some(0)), "{codes:?}");
+    });
+}

@@ -285,30 +285,11 @@ impl Store for Disk {
     }
 
     fn list_each(&self, prefix: &Path, each: &mut dyn FnMut(&OsStr, Kind)) -> Result<bool> {
-        let doing = "list the directory";
-        let fd = match self.open_below(prefix, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()) {
-            Ok(fd) => fd,
-            Err(Errno::NOENT) => return Ok(false),
-            Err(e) => return Err(self.error(doing, prefix, e)),
-        };
-        let mut buffer = [MaybeUninit::uninit(); LIST_BUFFER];
-        let mut entries = fs::RawDir::new(&fd, &mut buffer);
-        while let Some(entry) = entries.next() {
-            let entry = entry.map_err(|e| self.error(doing, prefix, e))?;
-            let name = OsStr::from_bytes(entry.file_name().to_bytes());
-            if name == "." || name == ".." {
-                continue;
+        loop {
+            if let Some(is_there) = self.list_once(prefix, each)? {
+                return Ok(is_there);
             }
-            let kind = match entry.file_type() {
-                FileType::Unknown => match self.kind(&prefix.join(name))? {
-                    Some(kind) => kind,
-                    None => continue,
-                },
-                known => kind_of(known),
-            };
-            each(name, kind);
         }
-        Ok(true)
     }
 
     fn directory<'a>(&'a self, prefix: &Path) -> Result<Box<dyn Directory + 'a>> {
@@ -578,6 +559,49 @@ impl Disk {
             Err(Errno::EXIST) => Err(Error::Exists { path: self.full(to) }),
             Err(e) => Err(self.error(doing, from, e)),
         }
+    }
+
+    fn is_there(&self, directory: &Path) -> Result<bool> {
+        match self.open_below(directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) {
+            Ok(_) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(e) => Err(self.error("look at the directory", directory, e)),
+        }
+    }
+
+    /// `None`: it was removed after it was opened and before it gave an entry; there may be a new one.
+    fn list_once(&self, prefix: &Path, each: &mut dyn FnMut(&OsStr, Kind)) -> Result<Option<bool>> {
+        let doing = "list the directory";
+        let fd = match self.open_below(prefix, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT) => return Ok(Some(false)),
+            Err(e) => return Err(self.error(doing, prefix, e)),
+        };
+        let mut buffer = [MaybeUninit::uninit(); LIST_BUFFER];
+        let mut entries = fs::RawDir::new(&fd, &mut buffer);
+        let mut is_first = true;
+        while let Some(entry) = entries.next() {
+            let entry = match entry {
+                Err(Errno::NOENT) if is_first => return Ok(None),
+                // It was removed meanwhile, so whatever was in it had left. In a new one there may be more.
+                Err(Errno::NOENT) if !self.is_there(prefix)? => return Ok(Some(true)),
+                entry => entry.map_err(|e| self.error(doing, prefix, e))?,
+            };
+            is_first = false;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if name == "." || name == ".." {
+                continue;
+            }
+            let kind = match entry.file_type() {
+                FileType::Unknown => match self.kind(&prefix.join(name))? {
+                    Some(kind) => kind,
+                    None => continue,
+                },
+                known => kind_of(known),
+            };
+            each(name, kind);
+        }
+        Ok(Some(true))
     }
 
     /// Makes a file of our own. What stands there goes: what a crash left, or something planted, as a named pipe that
