@@ -423,3 +423,15 @@ fn directories_that_a_registry_removes_meanwhile_end_no_run() {
         assert!(codes.iter().all(|code| *code == Some(0)), "{codes:?}");
     });
 }
+
+#[test]
+fn an_image_that_a_mirror_tagged_by_a_digest_of_elsewhere_is_no_orphan() {
+    let store = Store::new();
+    let elsewhere = image("before it was converted");
+    let mirrored = image("mirrored");
+    store.push(APP, Some(&format!("sha256-{}", elsewhere.hex())), &mirrored);
+    let live = Live::of_repository(store.root(), APP);
+    let report = gc(store.root(), &["--referrers=orphans", "--grace", "0"]);
+    assert_eq!(report.taken.len(), 0, "{:?}", report.taken);
+    live.assert_intact();
+}
