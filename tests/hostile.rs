@@ -435,3 +435,16 @@ fn an_image_that_a_mirror_tagged_by_a_digest_of_elsewhere_is_no_orphan() {
     assert_eq!(report.taken.len(), 0, "{:?}", report.taken);
     live.assert_intact();
 }
+
+#[test]
+fn an_undo_of_a_repair_does_not_bring_back_a_broken_tag_that_was_removed() {
+    let store = Store::new();
+    store.push(APP, Some("1"), &image("plain"));
+    fs::write(store.tag_link(APP, "1"), "").unwrap();
+    gc(store.root(), &["--grace", "0", "--repair"]);
+    fs::remove_dir_all(store.repository(APP, "_manifests/tags/1")).unwrap();
+    let [id] = &transactions(store.root())[..] else { panic!("one transaction") };
+    let outcome = regfs(["trash"]).arg(store.root()).args(["undo", id]).outcome().exits(0);
+    assert!(outcome.stdout.contains("left "), "{outcome}");
+    assert!(!store.repository(APP, "_manifests/tags/1").exists());
+}
