@@ -448,3 +448,24 @@ fn an_undo_of_a_repair_does_not_bring_back_a_broken_tag_that_was_removed() {
     assert!(outcome.stdout.contains("left "), "{outcome}");
     assert!(!store.repository(APP, "_manifests/tags/1").exists());
 }
+
+#[test]
+fn an_untagged_manifest_that_is_pushed_again_while_a_sweep_takes_stays_whole() {
+    use regfs::gc::{Options, Unwatched, plan, sweep};
+    let store = Store::new();
+    let digest = store.push(APP, None, &image("plain"));
+    store.put_blob(b"garbage");
+    let live = Live::of(store.root(), common::check::Roots::Revisions);
+    let disk = regfs::store::disk::Disk::open(store.root()).unwrap();
+    let catalog = regfs::catalog::scan::scan(&disk, &Default::default(), None);
+    let options = Options { untagged: true, grace: Duration::ZERO, ..Options::default() };
+    let policy = plan::Policy::new(&options, std::time::SystemTime::now());
+    let plan = plan::Plan::new(&disk, &catalog, &policy).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    put(&store.revision_link(APP, &digest), digest.as_bytes());
+    let author = regfs::trash::Author::current("test");
+    let taken = sweep::take(&disk, &catalog, &plan, &options, &author, &Unwatched).unwrap();
+    assert_eq!(taken.failures.len(), 1, "{:?}", taken.failures);
+    live.assert_intact();
+    assert!(!store.blob(&common::check::sha256(b"garbage")).exists(), "the rest goes");
+}

@@ -13,7 +13,7 @@ use crate::catalog::Catalog;
 use crate::catalog::intern::IdSet;
 use crate::error::{Error, Result};
 use crate::layout;
-use crate::store::Store;
+use crate::store::{Stat, Store, Version};
 use crate::trash::{self, Author, Transaction};
 
 /// What was taken.
@@ -152,6 +152,20 @@ fn take_one(store: &dyn Store, transaction: &Transaction, catalog: &Catalog, ite
         let points_at = content.map(|read| read.and_then(|(text, _)| layout::parse_link(&text).ok()));
         // A push may have moved it in the last moment; what can't be told counts as that.
         if !points_at.is_ok_and(|digest| digest == Some(catalog.digest(*target))) {
+            transaction.put_back(store, &path)?;
+            return Err(Error::Changed { what: store.full(&path).display().to_string() });
+        }
+    }
+    if let What::Revision(repository, digest) = &item.what
+        && was_there
+    {
+        let name = catalog.name(*repository);
+        let known = catalog.repository(Path::new(&*name)).and_then(|r| r.revision(*digest));
+        let moved = store.stat(&transaction.path_of(&path));
+        let is_known =
+            |stat: &Stat| known.is_some_and(|r| r.version.modified() == Version::from(stat).modified());
+        // A push by digest writes this link and no more, so nothing but its time tells that there was one.
+        if !moved.is_ok_and(|stat| stat.as_ref().is_some_and(is_known)) {
             transaction.put_back(store, &path)?;
             return Err(Error::Changed { what: store.full(&path).display().to_string() });
         }
