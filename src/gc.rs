@@ -154,7 +154,7 @@ pub fn run(
 
 /// What a dry run has to look at.
 fn depth(options: &Options) -> Depth {
-    let judges_tags = options.untagged || options.orphans || options.thorough;
+    let judges_tags = options.untagged || options.orphans || options.thorough || options.repair;
     Depth { tags: judges_tags || !options.quick, times: judges_tags }
 }
 

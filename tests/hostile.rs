@@ -289,3 +289,183 @@ fn a_sweep_keeps_the_blobs_of_a_manifest_that_cannot_be_moved() {
     live.assert_intact();
     assert!(!store.blob(&common::check::sha256(b"garbage")).exists(), "the rest goes");
 }
+
+/// Something that whoever opens it waits for.
+fn pipe(path: &std::path::Path) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    common::run::clean("mkfifo").arg(path).outcome().exits(0);
+}
+
+#[test]
+fn named_pipes_in_the_place_of_our_own_files_hang_nothing() {
+    for own in ["reserve", "new.tmp", "lock", "cache/manifests", "cache/manifests.tmp"] {
+        let store = Store::new();
+        let digest = store.push(APP, Some("1"), &image("plain"));
+        let live = Live::of_repository(store.root(), APP);
+        fs::remove_file(store.layer_link(APP, &common::check::sha256(&image("plain").blobs[0]))).unwrap();
+        store.put_blob(b"garbage");
+        pipe(&store.path(".regfs").join(own));
+        gc(store.root(), &["--grace", "0", "--repair"]);
+        live.assert_intact();
+        assert!(store.revision_link(APP, &digest).exists());
+    }
+    let (store, elsewhere) = (Store::new(), common::scratch());
+    pipe(&elsewhere.path().join("manifests"));
+    gc(store.root(), &["--dry-run", "--cache-dir", elsewhere.path().to_str().unwrap()]);
+}
+
+#[test]
+fn a_blob_by_the_name_of_one_of_our_files_is_not_written_to() {
+    for own in ["reserve", "new.tmp", "cache/manifests.tmp"] {
+        let store = Store::new();
+        store.push(APP, Some("1"), &image("plain"));
+        let live = Live::of_repository(store.root(), APP);
+        let layer = common::check::sha256(&image("plain").blobs[0]);
+        fs::create_dir_all(store.path(".regfs/cache")).unwrap();
+        fs::hard_link(store.blob(&layer), store.path(".regfs").join(own)).unwrap();
+        fs::remove_file(store.layer_link(APP, &layer)).unwrap();
+        gc(store.root(), &["--grace", "0", "--repair"]);
+        live.assert_intact();
+    }
+}
+
+/// A cache that says of each image that it needs other layers.
+fn forge(cache: &std::path::Path, layers: &[String]) {
+    let file = fs::read(cache).unwrap();
+    let start = file.iter().position(|byte| *byte == b'\n').unwrap() + 1;
+    let length = u32::from_le_bytes(file[start..start + 4].try_into().unwrap()) as usize;
+    let mut payload = file[start + 4..start + 4 + length].to_vec();
+    let unhex = |hex: &str| -> Vec<u8> {
+        (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
+    };
+    for layer in layers {
+        let digest = unhex(common::check::hex(layer));
+        let at = payload.windows(digest.len()).position(|window| window == digest).unwrap();
+        payload[at] ^= 0xff;
+    }
+    let sum = unhex(common::check::hex(&common::check::sha256(&payload)));
+    fs::write(cache, [&file[..start + 4], &payload, &sum].concat()).unwrap();
+}
+
+#[test]
+fn a_cache_that_somebody_else_could_write_makes_no_garbage() {
+    let store = Store::new();
+    store.push(APP, Some("1"), &image("plain"));
+    let live = Live::of_repository(store.root(), APP);
+    gc(store.root(), &["--grace", "0"]);
+    let cache = store.path(".regfs/cache/manifests");
+    let layers: Vec<String> = image("plain").blobs.iter().map(|blob| common::check::sha256(blob)).collect();
+    forge(&cache, &layers);
+    let dry_run = || gc(store.root(), &["--dry-run", "--grace", "0"]).taken_blobs();
+    assert!(!dry_run().is_empty(), "the forged cache is believed where only its owner can write it");
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o666)).unwrap();
+    assert_eq!(dry_run(), [].into());
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o600)).unwrap();
+    if common::is_root() {
+        std::os::unix::fs::chown(&cache, Some(common::NOBODY), None).unwrap();
+        assert_eq!(dry_run(), [].into());
+    } else {
+        fs::remove_file(&cache).unwrap();
+    }
+    gc(store.root(), &["--grace", "0"]);
+    live.assert_intact();
+}
+
+#[test]
+fn a_dry_run_with_repairs_shows_the_missing_links_that_a_sweep_makes() {
+    let store = Store::new();
+    store.push(APP, Some("1"), &image("plain"));
+    fs::remove_file(store.layer_link(APP, &common::check::sha256(&image("plain").blobs[0]))).unwrap();
+    let repairs = |arguments: &[&str]| {
+        let outcome = gc_outcome(store.root(), arguments).exits(0);
+        let report: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+        report["repairs"].as_array().unwrap().len()
+    };
+    assert_eq!(repairs(&["--dry-run", "--grace", "0", "--repair"]), 1);
+    gc_outcome(store.root(), &["--dry-run", "--quick", "--repair"]).exits(2);
+}
+
+#[test]
+fn a_machine_without_room_for_more_threads_is_no_panic() {
+    let store = Store::new();
+    for number in 0..64 {
+        store.push(&format!("app{number}"), Some("1"), &image("plain"));
+    }
+    // A thread takes 2 MiB of addresses.
+    let line = format!(
+        "ulimit -v 60000; exec {} gc {} --dry-run --threads 64",
+        env!("CARGO_BIN_EXE_regfs"),
+        store.root().display()
+    );
+    common::run::sh(store.root(), &line).outcome().exits(0);
+}
+
+#[test]
+fn directories_that_a_registry_removes_meanwhile_end_no_run() {
+    let store = Store::new();
+    store.push(APP, Some("1"), &image("plain"));
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 0.. {
+                if done.load(std::sync::atomic::Ordering::Relaxed) {
+                    break;
+                }
+                let upload = store.repository(APP, &format!("_uploads/{number}"));
+                put(&upload.join("hashstates/sha256/0"), b"");
+                fs::remove_dir_all(&upload).unwrap();
+            }
+        });
+        let codes: Vec<Option<i32>> = (0..100)
+            .map(|_| gc_outcome(store.root(), &["--dry-run", "--thorough", "--grace", "0"]).code)
+            .collect();
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(codes.iter().all(|code| *code == Some(0)), "{codes:?}");
+    });
+}
+
+#[test]
+fn an_image_that_a_mirror_tagged_by_a_digest_of_elsewhere_is_no_orphan() {
+    let store = Store::new();
+    let elsewhere = image("before it was converted");
+    let mirrored = image("mirrored");
+    store.push(APP, Some(&format!("sha256-{}", elsewhere.hex())), &mirrored);
+    let live = Live::of_repository(store.root(), APP);
+    let report = gc(store.root(), &["--referrers=orphans", "--grace", "0"]);
+    assert_eq!(report.taken.len(), 0, "{:?}", report.taken);
+    live.assert_intact();
+}
+
+#[test]
+fn an_undo_of_a_repair_does_not_bring_back_a_broken_tag_that_was_removed() {
+    let store = Store::new();
+    store.push(APP, Some("1"), &image("plain"));
+    fs::write(store.tag_link(APP, "1"), "").unwrap();
+    gc(store.root(), &["--grace", "0", "--repair"]);
+    fs::remove_dir_all(store.repository(APP, "_manifests/tags/1")).unwrap();
+    let [id] = &transactions(store.root())[..] else { panic!("one transaction") };
+    let outcome = regfs(["trash"]).arg(store.root()).args(["undo", id]).outcome().exits(0);
+    assert!(outcome.stdout.contains("left "), "{outcome}");
+    assert!(!store.repository(APP, "_manifests/tags/1").exists());
+}
+
+#[test]
+fn an_untagged_manifest_that_is_pushed_again_while_a_sweep_takes_stays_whole() {
+    use regfs::gc::{Options, Unwatched, plan, sweep};
+    let store = Store::new();
+    let digest = store.push(APP, None, &image("plain"));
+    store.put_blob(b"garbage");
+    let live = Live::of(store.root(), common::check::Roots::Revisions);
+    let disk = regfs::store::disk::Disk::open(store.root()).unwrap();
+    let catalog = regfs::catalog::scan::scan(&disk, &Default::default(), None);
+    let options = Options { untagged: true, grace: Duration::ZERO, ..Options::default() };
+    let policy = plan::Policy::new(&options, std::time::SystemTime::now());
+    let plan = plan::Plan::new(&disk, &catalog, &policy).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    put(&store.revision_link(APP, &digest), digest.as_bytes());
+    let author = regfs::trash::Author::current("test");
+    let taken = sweep::take(&disk, &catalog, &plan, &options, &author, &Unwatched).unwrap();
+    assert_eq!(taken.failures.len(), 1, "{:?}", taken.failures);
+    live.assert_intact();
+    assert!(!store.blob(&common::check::sha256(b"garbage")).exists(), "the rest goes");
+}

@@ -7,7 +7,8 @@
 //! A manifest comes into the cache only after its bytes were hashed and matched its digest. Each block of the file
 //! carries the SHA-256 of its own bytes; from a block that does not match on, nothing is believed, and the file is
 //! written anew. An entry counts only as long as the blob is listed in the store. Whether its bytes are still
-//! the same on the disk is not looked at: that they once were tells what the image holds.
+//! the same on the disk is not looked at: that they once were tells what the image holds. A file that somebody else
+//! than this user or root may have written is not believed.
 //!
 //! # Layout
 //! ```text
@@ -19,7 +20,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -101,7 +102,8 @@ pub fn load(store: &dyn Store, place: &Place, tables: &Tables) -> Manifests {
         }
         Place::Directory(directory) => {
             let path = directory.join(FILE);
-            let file = match File::open(&path) {
+            // A named pipe would keep us waiting for a writer.
+            let file = match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path) {
                 Ok(file) => Ok(Some(Source::File(file))),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
                 Err(e) => Err(e.to_string()),
@@ -111,7 +113,7 @@ pub fn load(store: &dyn Store, place: &Place, tables: &Tables) -> Manifests {
     };
     let mut manifests = Manifests::new();
     let result = match file {
-        Ok(Some(source)) => read_blocks(&source, &mut manifests, tables),
+        Ok(Some(source)) => source.is_ours().and_then(|()| read_blocks(&source, &mut manifests, tables)),
         Ok(None) => Ok(()),
         Err(why) => Err(why),
     };
@@ -130,6 +132,22 @@ enum Source {
 }
 
 impl Source {
+    /// Whether nobody else can have written it. The checksums tell damage, not malice: who forges what a manifest
+    /// names makes garbage of an image.
+    fn is_ours(&self) -> std::result::Result<(), String> {
+        let file = match self {
+            Source::Store(reader) => reader.file(),
+            Source::File(file) => Some(file),
+        };
+        let Some(file) = file else { return Ok(()) };
+        let facts = file.metadata().map_err(|e| e.to_string())?;
+        let is_own = facts.uid() == 0 || facts.uid() == rustix::process::geteuid().as_raw();
+        match facts.is_file() && is_own && facts.mode() & 0o022 == 0 {
+            true => Ok(()),
+            false => Err("it is no file that only this user can write".to_string()),
+        }
+    }
+
     /// Fills `buffer` from `offset` on; less only at the end.
     fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut filled = 0;
@@ -272,8 +290,12 @@ fn write_file(directory: &Path, write: &dyn Fn(&mut dyn Write) -> io::Result<()>
     fs::create_dir_all(directory)?;
     let temporary = directory.join(format!("{FILE}.{}.tmp", std::process::id()));
     let result = (|| {
-        let file = File::create(&temporary)?;
-        file.set_permissions(fs::Permissions::from_mode(0o600))?;
+        // Something that was planted, as a link to another file, is not written to.
+        match fs::remove_file(&temporary) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let file = File::options().write(true).create_new(true).mode(0o600).open(&temporary)?;
         let mut buffered = io::BufWriter::new(file);
         write(&mut buffered)?;
         buffered.flush()?;

@@ -677,7 +677,9 @@ pub(super) fn spread<T: Sync, S: Send>(
     };
     let others = threads.get().min(items.len()).saturating_sub(1);
     std::thread::scope(|scope| {
-        let others: Vec<_> = (0..others).map(|_| scope.spawn(run)).collect();
+        // Where there may be no more threads, or no memory for them, fewer do the same.
+        let spawn = || std::thread::Builder::new().spawn_scoped(scope, run).ok();
+        let others: Vec<_> = (0..others).map_while(|_| spawn()).collect();
         let mut all = vec![run()];
         for other in others {
             match other.join() {

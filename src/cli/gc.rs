@@ -29,7 +29,7 @@ pub(super) struct GcArgs {
     #[arg(long)]
     dry_run: bool,
     /// In a dry run, don't read tags: counts what only a tag names whose manifest was deleted, which a sweep leaves
-    #[arg(long, requires = "dry_run", conflicts_with_all = ["untagged", "referrers", "thorough"])]
+    #[arg(long, requires = "dry_run", conflicts_with_all = ["untagged", "referrers", "thorough", "repair"])]
     quick: bool,
     /// Take manifests that no tag leads to, too; with an age, those pushed longer ago than that
     #[arg(long, value_name = "AGE", num_args = 0..=1, require_equals = true, default_missing_value = "0", value_parser = duration)]

@@ -17,6 +17,7 @@ use super::plan::Policy;
 use crate::catalog::intern::{DigestId, NameId};
 use crate::catalog::{Catalog, Keeps, Repository, Revision, Tag};
 use crate::layout;
+use crate::manifest::Kind;
 
 /// What is about something that is gone.
 #[derive(Default)]
@@ -78,7 +79,10 @@ impl<'a> Look<'a> {
         let Some(subject) = name.to_str().and_then(layout::subject_of_tag) else { return false };
         let is_gone = self.catalog.tables.digests.find(&subject).is_none_or(|id| self.is_gone(id));
         let is_old = tag.version.last_change().is_some_and(|time| !self.policy.is_young(time));
-        is_gone && is_old && tag.target.is_some_and(|target| self.is_old_revision(target))
+        // Without a suffix it is a list of referrers only if it is an index: mirrors give such names to images, too.
+        let is_list = |target| self.catalog.parsed(target).is_some_and(|m| m.kind == Kind::Index);
+        let is_about = |target| name.as_encoded_bytes().contains(&b'.') || is_list(target);
+        is_gone && is_old && tag.target.is_some_and(|t| self.is_old_revision(t) && is_about(t))
     }
 
     /// The manifests that go: those of `going` tags and those whose subject is gone, as far as nothing that stays

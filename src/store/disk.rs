@@ -285,30 +285,11 @@ impl Store for Disk {
     }
 
     fn list_each(&self, prefix: &Path, each: &mut dyn FnMut(&OsStr, Kind)) -> Result<bool> {
-        let doing = "list the directory";
-        let fd = match self.open_below(prefix, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()) {
-            Ok(fd) => fd,
-            Err(Errno::NOENT) => return Ok(false),
-            Err(e) => return Err(self.error(doing, prefix, e)),
-        };
-        let mut buffer = [MaybeUninit::uninit(); LIST_BUFFER];
-        let mut entries = fs::RawDir::new(&fd, &mut buffer);
-        while let Some(entry) = entries.next() {
-            let entry = entry.map_err(|e| self.error(doing, prefix, e))?;
-            let name = OsStr::from_bytes(entry.file_name().to_bytes());
-            if name == "." || name == ".." {
-                continue;
+        loop {
+            if let Some(is_there) = self.list_once(prefix, each)? {
+                return Ok(is_there);
             }
-            let kind = match entry.file_type() {
-                FileType::Unknown => match self.kind(&prefix.join(name))? {
-                    Some(kind) => kind,
-                    None => continue,
-                },
-                known => kind_of(known),
-            };
-            each(name, kind);
         }
-        Ok(true)
     }
 
     fn directory<'a>(&'a self, prefix: &Path) -> Result<Box<dyn Directory + 'a>> {
@@ -548,11 +529,7 @@ impl Disk {
         let mut name = path.file_name().unwrap_or_default().to_os_string();
         name.push(".tmp");
         let temporary = path.with_file_name(name);
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC;
-        let fd = self
-            .open_below(&temporary, flags, Mode::from_raw_mode(0o600))
-            .map_err(|e| self.error(doing, &temporary, e))?;
-        let mut file = BufWriter::new(File::from(fd));
+        let mut file = BufWriter::new(self.create_own(&temporary, doing)?);
         let written = write(&mut file).and_then(|()| file.flush()).and_then(|()| file.get_ref().sync_all());
         if let Err(e) = written {
             // Half a file helps nobody, and may take the last space there was.
@@ -584,6 +561,60 @@ impl Disk {
         }
     }
 
+    fn is_there(&self, directory: &Path) -> Result<bool> {
+        match self.open_below(directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) {
+            Ok(_) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(e) => Err(self.error("look at the directory", directory, e)),
+        }
+    }
+
+    /// `None`: it was removed after it was opened and before it gave an entry; there may be a new one.
+    fn list_once(&self, prefix: &Path, each: &mut dyn FnMut(&OsStr, Kind)) -> Result<Option<bool>> {
+        let doing = "list the directory";
+        let fd = match self.open_below(prefix, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT) => return Ok(Some(false)),
+            Err(e) => return Err(self.error(doing, prefix, e)),
+        };
+        let mut buffer = [MaybeUninit::uninit(); LIST_BUFFER];
+        let mut entries = fs::RawDir::new(&fd, &mut buffer);
+        let mut is_first = true;
+        while let Some(entry) = entries.next() {
+            let entry = match entry {
+                Err(Errno::NOENT) if is_first => return Ok(None),
+                // It was removed meanwhile, so whatever was in it had left. In a new one there may be more.
+                Err(Errno::NOENT) if !self.is_there(prefix)? => return Ok(Some(true)),
+                entry => entry.map_err(|e| self.error(doing, prefix, e))?,
+            };
+            is_first = false;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if name == "." || name == ".." {
+                continue;
+            }
+            let kind = match entry.file_type() {
+                FileType::Unknown => match self.kind(&prefix.join(name))? {
+                    Some(kind) => kind,
+                    None => continue,
+                },
+                known => kind_of(known),
+            };
+            each(name, kind);
+        }
+        Ok(Some(true))
+    }
+
+    /// Makes a file of our own. What stands there goes: what a crash left, or something planted, as a named pipe that
+    /// would keep us waiting for a reader, or another name of a blob.
+    fn create_own(&self, path: &Path, doing: &'static str) -> Result<File> {
+        if let Some(e) = self.remove(&[path.to_path_buf()]).into_iter().next() {
+            return Err(e);
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+        let fd = self.open_below(path, flags, Mode::from_raw_mode(0o600));
+        fd.map(File::from).map_err(|e| self.error(doing, path, e))
+    }
+
     /// Writes what shall become `path` in `parent`, with owner and mode that fit there; returns where it lies.
     ///
     /// Not beside `path`: a crash must leave nothing where a registry looks.
@@ -592,15 +623,13 @@ impl Disk {
         let wrap = |e| self.error(doing, new, e);
         let wanted = fs::fstat(parent).map_err(|e| self.error(doing, path, e))?;
         self.make_directories(Path::new(layout::OWN), None)?;
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC;
-        let fd = self.open_below(new, flags, Mode::from_raw_mode(0o600)).map_err(wrap)?;
-        match fs::fchown(&fd, Some(Uid::from_raw(wanted.st_uid)), Some(Gid::from_raw(wanted.st_gid))) {
+        let mut file = self.create_own(new, doing)?;
+        match fs::fchown(&file, Some(Uid::from_raw(wanted.st_uid)), Some(Gid::from_raw(wanted.st_gid))) {
             // Only root may give files away.
             Err(Errno::PERM) => log::warn!("{} is not its registry's: not root", self.full(path).display()),
             result => result.map_err(wrap)?,
         }
-        fs::fchmod(&fd, Mode::from_raw_mode(wanted.st_mode as RawMode & 0o666)).map_err(wrap)?;
-        let mut file = File::from(fd);
+        fs::fchmod(&file, Mode::from_raw_mode(wanted.st_mode as RawMode & 0o666)).map_err(wrap)?;
         let written = file.write_all(content).and_then(|()| file.sync_all());
         written.map_err(|e| Error::io(doing, &self.full(path), e))?;
         match self.parent(new, doing)? {
@@ -658,14 +687,22 @@ impl Locked {
     /// Makes the reserve, if it is not there. That there is no space for it, or no way to keep space on this
     /// filesystem, stops nobody.
     fn make_reserve(&self) {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let is_whole = |stat: fs::Stat| {
+            kind_of(FileType::from_raw_mode(stat.st_mode as RawMode)) == Kind::File
+                && stat.st_nlink == 1
+                && stat.st_size.max(0).unsigned_abs() >= RESERVE_BYTES
+        };
+        if fs::statat(&self.own, RESERVE, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(is_whole) {
+            return;
+        }
+        // A part of one goes, and so does something planted: a named pipe would keep us waiting for a reader, another
+        // name of a blob would grow. What can't go fails the next call.
+        let _ = fs::unlinkat(&self.own, RESERVE, AtFlags::empty());
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let reserve = match fs::openat(&self.own, RESERVE, flags, Mode::from_raw_mode(0o600)) {
             Ok(reserve) => reserve,
             Err(e) => return log::debug!("could not make the reserve for a full disk: {e}"),
         };
-        if fs::fstat(&reserve).is_ok_and(|stat| stat.st_size.max(0).unsigned_abs() >= RESERVE_BYTES) {
-            return;
-        }
         if let Err(e) = fs::fallocate(&reserve, fs::FallocateFlags::empty(), 0, RESERVE_BYTES) {
             log::debug!("could not make the reserve for a full disk: {e}");
             // A part of it would hold the space that is missing; whether it goes, the next one sees.

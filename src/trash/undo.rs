@@ -63,16 +63,18 @@ pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
     let mut undone = Undone::default();
     let mut moves: BTreeMap<(u8, PathBuf), &Contents> = BTreeMap::new();
     for unit in own.units() {
-        if let Kind::Tag(repository, tag) = layout::classify(unit)
-            && store.list(unit)?.is_some()
-        {
+        if let Kind::Tag(repository, tag) = layout::classify(unit) {
             let link = layout::tag_link(&repository, &tag);
-            // A sweep that repairs takes the link alone, of which nobody needs to know what it said.
+            let is_there = store.list(unit)?.is_some();
+            // A sweep that repairs takes the link alone, of which nobody needs to know what it said. No other takes a
+            // broken one; a tag that was removed after the repair does not come back broken.
             if own.is_swept() && is_broken(store, &own.path_of(&link))? {
-                undone.present.push(link);
+                if is_there { &mut undone.present } else { &mut undone.left }.push(link);
                 continue;
             }
-            return Err(Error::Exists { path: store.full(unit) });
+            if is_there {
+                return Err(Error::Exists { path: store.full(unit) });
+            }
         }
         if own.is_swept() && lacks_its_tag(store, unit)? {
             undone.left.push(unit.to_path_buf());
