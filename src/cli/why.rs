@@ -20,7 +20,7 @@ use crate::gc::{report, why};
 /// One chain of references for each tag, untagged manifest or problem that leads to it, in whatever repository. Changes
 /// nothing.
 ///
-/// WHAT is sha256:<hex>, the first 6 or more digits of it, <repository>:<tag> or <repository>@<digest>.
+/// WHAT is a digest (sha256:HEX, or its first 6 or more digits), REPOSITORY:TAG or REPOSITORY@DIGEST.
 #[derive(Args, Debug)]
 #[command(after_help = JSON_HELP)]
 pub(super) struct WhyArgs {
