@@ -201,9 +201,11 @@ fn what_is_about_an_image_that_is_gone_goes_when_asked() {
     put_image(&store, "app", Some("own-name"), &shared);
     put_tag(&store, "app", &format!("sha256-{}.sig", hex(&sha256(b"another"))), &shared.digest());
     expected.insert(tag_link("app", &format!("sha256-{}.sig", hex(&sha256(b"another")))));
-    // Another repository still has it.
-    put_image(&store, "other", Some("1"), &gone);
-    put_image(&store, "other", Some(&tag(&gone, ".sig")), &image("signed in other"));
+    // Signatures can lie in a repository of their own.
+    let elsewhere = image("elsewhere");
+    put_image(&store, "other", Some("1"), &elsewhere);
+    put_image(&store, "other", Some(&tag(&elsewhere, ".sig")), &image("signed in other"));
+    put_image(&store, "app", Some(&tag(&elsewhere, ".sig")), &image("signed elsewhere"));
     store.set_clock(days_ago(0));
     put_image(&store, "app", Some(&format!("sha256-{}.sig", hex(&sha256(b"young")))), &image("young"));
     store.set_clock(long_ago());

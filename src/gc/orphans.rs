@@ -5,16 +5,18 @@
 //! stays when that is deleted, and keeps all that it leads to.
 //!
 //! # Rules kept here
-//! 1. A subject counts as there while the repository has it as a revision, or a tag or a manifest of it names it.
+//! 1. A subject counts as there while the repository has it as a revision, or a tag or a manifest of it names it; that
+//!    of a tag also while any other repository has it.
 //! 2. A manifest that another tag or a manifest that stays leads to is no orphan.
 //! 3. A tag younger than the grace period, or of a manifest that is, stays.
 //! 4. What is about an orphan becomes one in the run after.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::mark::{self, Untagged};
 use super::plan::Policy;
-use crate::catalog::intern::{DigestId, NameId};
+use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Catalog, Keeps, Repository, Revision, Tag};
 use crate::layout;
 use crate::manifest::Kind;
@@ -31,11 +33,14 @@ pub(super) struct Orphans {
 /// Finds them in the repositories that `policy` includes.
 pub(super) fn orphans(catalog: &Catalog, policy: &Policy) -> Orphans {
     let mut found = Orphans::default();
+    let repositories = catalog.repositories.values();
+    let revisions = |r: &Arc<Repository>| r.revisions.iter().map(|r| r.digest).collect::<Vec<_>>();
+    let anywhere: IdSet = repositories.flat_map(revisions).collect();
     for (name, repository) in &catalog.repositories {
         if repository.keeps != Keeps::Named || !policy.includes(name) {
             continue;
         }
-        let look = Look::new(catalog, repository, policy);
+        let look = Look::new(catalog, repository, policy, &anywhere);
         let tags: Vec<&Tag> = repository.tags.iter().filter(|tag| look.is_orphaned_tag(tag)).collect();
         let revisions = look.revisions(&tags);
         let id = catalog.tables.names.intern(name.as_os_str());
@@ -53,16 +58,23 @@ struct Look<'a> {
     policy: &'a Policy,
     /// The manifests there are, what tags point at and what manifests name.
     known: HashSet<DigestId>,
+    /// The manifests of all repositories: cosign can keep the signatures of one repository in another.
+    anywhere: &'a IdSet,
 }
 
 impl<'a> Look<'a> {
-    fn new(catalog: &'a Catalog, repository: &'a Repository, policy: &'a Policy) -> Look<'a> {
+    fn new(
+        catalog: &'a Catalog,
+        repository: &'a Repository,
+        policy: &'a Policy,
+        anywhere: &'a IdSet,
+    ) -> Look<'a> {
         let mut known: HashSet<DigestId> = repository.tags.iter().filter_map(|t| t.target).collect();
         for revision in &repository.revisions {
             known.insert(revision.digest);
             known.extend(catalog.closure(revision.target));
         }
-        Look { catalog, repository, policy, known }
+        Look { catalog, repository, policy, known, anywhere }
     }
 
     fn is_gone(&self, subject: DigestId) -> bool {
@@ -77,7 +89,8 @@ impl<'a> Look<'a> {
     fn is_orphaned_tag(&self, tag: &Tag) -> bool {
         let name = self.catalog.name(tag.name);
         let Some(subject) = name.to_str().and_then(layout::subject_of_tag) else { return false };
-        let is_gone = self.catalog.tables.digests.find(&subject).is_none_or(|id| self.is_gone(id));
+        let subject = self.catalog.tables.digests.find(&subject);
+        let is_gone = subject.is_none_or(|id| self.is_gone(id) && !self.anywhere.contains(id));
         let is_old = tag.version.last_change().is_some_and(|time| !self.policy.is_young(time));
         // Without a suffix it is a list of referrers only if it is an index: mirrors give such names to images, too.
         let is_list = |target| self.catalog.parsed(target).is_some_and(|m| m.kind == Kind::Index);
