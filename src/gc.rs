@@ -116,25 +116,28 @@ pub fn run(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let known = options.cache.as_ref().map(|place| cache::load(store, place, tables));
-    let tables = &Tables { known: known.map_or_else(|| tables.known.clone(), Arc::new), ..tables.clone() };
+    let mut tables = Tables { known: known.map_or_else(|| tables.known.clone(), Arc::new), ..tables.clone() };
     let policy = Policy::new(options, SystemTime::now());
     if options.dry_run {
         progress.phase("mark", 0);
-        let catalog = judged(scan_once(store, tables, depth(options))?, options);
+        let mut catalog = judged(scan_once(store, &tables, depth(options))?, options);
         save_cache(store, options, &catalog);
+        // All that is needed of it is in the catalog by now.
+        catalog.tables.known = Arc::default();
+        tables.known = Arc::default();
         progress.phase("plan", 0);
         let plan = Plan::new(store, &catalog, &policy)?;
         return Report::new(store, Mode::DryRun, options, policy.now, &catalog, Arc::new(plan));
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("mark", 0);
-    let (catalog, restored) = give_back(store, tables, options)?;
+    let (catalog, restored) = give_back(store, &tables, options)?;
     save_cache(store, options, &catalog);
     progress.phase("plan", 0);
     let plan = Plan::new(store, &catalog, &policy)?;
 
     progress.phase("re-check", 0);
-    let catalog = judged(scan_strictly(store, tables, Some(&catalog))?, options);
+    let catalog = judged(scan_strictly(store, &tables, Some(&catalog))?, options);
     let plan = Arc::new(plan.confirmed(store, &catalog, &policy)?);
     if progress.is_stopped() {
         return Err(Error::Busy { why: "stopped before the first change".to_string() });
@@ -145,7 +148,7 @@ pub fn run(
     report.set_taken(taken);
 
     // Things were taken by now: whatever fails from here on belongs into the report of that.
-    if let Err(e) = finish(store, tables, options, policy.now, progress, &mut report) {
+    if let Err(e) = finish(store, &tables, options, policy.now, progress, &mut report) {
         report.failures.push(e.to_string());
     }
     report.finished_at = SystemTime::now();

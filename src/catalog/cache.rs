@@ -212,8 +212,10 @@ impl Block<'_> {
             return None;
         }
         let mut digests: Vec<DigestId> = Vec::with_capacity(sha256.len() + self.others.len());
-        let sha256 = sha256.iter().map(|bytes| Digest::from_bytes(Algorithm::Sha256, bytes));
-        digests.extend(sha256.map(|d| tables.digests.intern(&d)));
+        for sha256 in sha256.chunks(512) {
+            let sha256 = sha256.iter().map(|bytes| Digest::from_bytes(Algorithm::Sha256, bytes));
+            digests.extend(tables.digests.intern_all(&sha256.collect::<Vec<Digest>>()));
+        }
         for text in &self.others {
             digests.push(tables.digests.intern(&text.parse().ok()?));
         }
@@ -225,9 +227,11 @@ impl Block<'_> {
             if entry.has_config as usize + entry.layers as usize > entry.named.len() {
                 return None;
             }
-            let named = entry.named.iter().map(|(d, media_type, size)| {
-                Some(Descriptor { size: *size, digest: digest(*d)?, media_type: name(*media_type)? })
-            });
+            // As long as it will be from the start: what is cut off later leaves holes between millions of these.
+            let mut named = Vec::with_capacity(entry.named.len());
+            for (of, media_type, size) in &entry.named {
+                named.push(Descriptor { size: *size, digest: digest(*of)?, media_type: name(*media_type)? });
+            }
             let rare = match entry.rare {
                 None => None,
                 Some(rare) => Some(Box::new(Rare {
@@ -246,7 +250,7 @@ impl Block<'_> {
                 media_type: name(entry.media_type)?,
                 size: entry.size,
                 kind: *KINDS.get(entry.kind as usize)?,
-                named: named.collect::<Option<_>>()?,
+                named: named.into(),
                 layers: entry.layers,
                 has_config: entry.has_config,
                 is_simple: false,
