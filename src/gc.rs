@@ -55,7 +55,7 @@ pub struct Options {
     pub orphans: bool,
     /// Make whole what is broken, as far as its place tells what belongs there.
     pub repair: bool,
-    /// Look into every directory in a dry run, too; a sweep always does.
+    /// Look into every directory; a sweep of a small store always does.
     pub thorough: bool,
     /// Damage no longer keeps what it might hold: only what can be read counts.
     pub ignore_damaged: bool,
@@ -131,7 +131,7 @@ pub fn run(
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("mark", 0);
-    let (catalog, restored) = give_back(store, &tables, options)?;
+    let (catalog, restored) = give_back(store, &tables, None, options)?;
     save_cache(store, options, &catalog);
     progress.phase("plan", 0);
     let plan = Plan::new(store, &catalog, &policy)?;
@@ -148,7 +148,7 @@ pub fn run(
     report.set_taken(taken);
 
     // Things were taken by now: whatever fails from here on belongs into the report of that.
-    if let Err(e) = finish(store, &tables, options, policy.now, progress, &mut report) {
+    if let Err(e) = finish(store, &tables, &catalog, options, policy.now, progress, &mut report) {
         report.failures.push(e.to_string());
     }
     report.finished_at = SystemTime::now();
@@ -183,16 +183,22 @@ pub fn purge_trash(
     selection: &Selection,
 ) -> Result<Purged> {
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
-    let (_, restored) = give_back(store, tables, &Options::default())?;
+    let (_, restored) = give_back(store, tables, None, &Options::default())?;
     let doomed = selection.of(store, SystemTime::now())?;
     let purged = trash::purge::purge(store, &doomed, &Unwatched)?;
     Ok(Purged { restored, ..purged })
 }
 
-/// Looks at the store and gives back what is in use again; the catalog afterwards, and what came back.
-fn give_back(store: &dyn Store, tables: &Tables, options: &Options) -> Result<(Catalog, Vec<PathBuf>)> {
+/// Looks at the store, at what changed if there is a `previous` look, and gives back what is in use again; the catalog
+/// afterwards, and what came back.
+fn give_back(
+    store: &dyn Store,
+    tables: &Tables,
+    previous: Option<&Catalog>,
+    options: &Options,
+) -> Result<(Catalog, Vec<PathBuf>)> {
     let look = |previous: Option<&Catalog>| Ok(judged(scan_strictly(store, tables, previous)?, options));
-    guard::give_back(store, look(None)?, &|previous| look(Some(previous)))
+    guard::give_back(store, look(previous)?, &|previous| look(Some(previous)))
 }
 
 /// The catalog as the caller wants it judged: with `ignore_damaged` no damage keeps what it might hold.
@@ -218,13 +224,14 @@ fn judged(mut catalog: Catalog, options: &Options) -> Catalog {
 fn finish(
     store: &dyn Store,
     tables: &Tables,
+    catalog: &Catalog,
     options: &Options,
     now: SystemTime,
     progress: &dyn Progress,
     report: &mut Report,
 ) -> Result<()> {
     progress.phase("look back", 0);
-    report.set_restored(&give_back(store, tables, options)?.1);
+    report.set_restored(&give_back(store, tables, Some(catalog), options)?.1);
     if progress.is_stopped() {
         report.is_stopped = true;
         return Ok(());

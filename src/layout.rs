@@ -196,6 +196,12 @@ pub fn transaction(id: &str) -> PathBuf {
     Path::new(TRASH).join(id)
 }
 
+/// Whether a directory is one of a link or a blob: its name is the hexadecimal part of a digest.
+pub fn is_leaf(directory: &Path) -> bool {
+    let is_hex = |name: &OsStr| name.len() >= 64 && name.as_encoded_bytes().iter().all(u8::is_ascii_hexdigit);
+    directory.file_name().is_some_and(is_hex)
+}
+
 /// Whether a path is that of a link file.
 pub fn is_link(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name == LINK)

@@ -62,6 +62,14 @@ pub struct Record {
     pub reason: String,
 }
 
+impl Record {
+    /// Whether it began more than `keep` ago; one whose time is unknown never did.
+    fn is_older_than(&self, keep: Duration, now: SystemTime) -> bool {
+        let time = humantime::parse_rfc3339(&self.time).ok();
+        time.and_then(|time| now.duration_since(time).ok()).is_some_and(|age| age >= keep)
+    }
+}
+
 /// What a transaction of a collection is called.
 pub const SWEEP: &str = "sweep";
 /// What a crash or a full disk may leave of a description.
@@ -120,6 +128,11 @@ impl Transaction {
         store.rename(path, &self.path_of(path))
     }
 
+    /// The same with the directory around it where [`move_with_directory`] can. What was moved.
+    pub fn take_with_directory<'a>(&self, store: &dyn Store, path: &'a Path) -> Result<Option<&'a Path>> {
+        move_with_directory(store, path, &self.path_of(path))
+    }
+
     /// Moves `path` back to where it was taken from. `false`: it is not here.
     pub fn put_back(&self, store: &dyn Store, path: &Path) -> Result<bool> {
         store.rename(&self.path_of(path), path)
@@ -134,6 +147,24 @@ impl Transaction {
     pub fn discard_if_empty(&self, store: &dyn Store) -> Result<()> {
         read(store, &self.record.id)?.discard_if_empty(store)
     }
+}
+
+/// Moves a file; with the directory of a digest around it, if nothing else is in that and there is none at the other
+/// end: that is one change instead of three. What was moved.
+fn move_with_directory<'a>(store: &dyn Store, from: &'a Path, to: &Path) -> Result<Option<&'a Path>> {
+    if let (Some(directory), Some(to)) = (from.parent().filter(|d| layout::is_leaf(d)), to.parent()) {
+        let entries = store.list(directory)?.unwrap_or_default();
+        if let [only] = entries.as_slice()
+            && from.file_name() == Some(&only.name)
+        {
+            match store.rename(directory, to) {
+                Ok(true) => return Ok(Some(directory)),
+                Ok(false) | Err(Error::Exists { .. }) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok(store.rename(from, to)?.then_some(from))
 }
 
 /// A transaction with the names of what is in it.
@@ -181,13 +212,7 @@ impl Contents {
 
     /// Moves a unit back to where it was taken from. `false`: it is not here any more.
     pub fn put_back(&self, store: &dyn Store, path: &Path) -> Result<bool> {
-        store.rename(&self.path_of(path), path)
-    }
-
-    /// Whether it began more than `keep` ago; one whose time is unknown never did.
-    pub fn is_older_than(&self, keep: Duration, now: SystemTime) -> bool {
-        let time = self.record.as_ref().ok().and_then(|r| humantime::parse_rfc3339(&r.time).ok());
-        time.and_then(|time| now.duration_since(time).ok()).is_some_and(|age| age >= keep)
+        Ok(move_with_directory(store, &self.path_of(path), path)?.is_some())
     }
 
     /// Removes the transaction if nothing is in it any more.
@@ -280,15 +305,28 @@ pub enum Selection {
 }
 
 impl Selection {
-    /// The names of those it selects.
+    /// The names of those it selects, without looking at what is in them.
     pub fn of(&self, store: &dyn Store, now: SystemTime) -> Result<Vec<String>> {
-        let all = contents(store)?;
-        let selected: Vec<&Contents> = match self {
-            Selection::All => all.iter().collect(),
-            Selection::One(id) => vec![find(&all, id)?],
-            Selection::Older(age) => all.iter().filter(|t| t.is_older_than(*age, now)).collect(),
-        };
-        Ok(selected.into_iter().map(|t| t.id.clone()).collect())
+        let mut selected = ids(store)?;
+        match self {
+            Selection::All => {}
+            Selection::One(id) => match selected.contains(id) {
+                true => selected = vec![id.clone()],
+                false => return Err(not_found(id, &selected)),
+            },
+            Selection::Older(age) => {
+                let mut old = Vec::new();
+                for id in selected {
+                    let record =
+                        read_record(store, &layout::transaction(&id).join(layout::TRANSACTION_FILE))?;
+                    if record.is_ok_and(|record| record.is_older_than(*age, now)) {
+                        old.push(id);
+                    }
+                }
+                selected = old;
+            }
+        }
+        Ok(selected)
     }
 }
 
@@ -297,11 +335,13 @@ impl Selection {
 /// # Errors
 /// [`Error::NotFound`] that names the ones there are.
 pub fn find<'a>(all: &'a [Contents], id: &str) -> Result<&'a Contents> {
-    all.iter().find(|t| t.id == id).ok_or_else(|| {
-        let known: Vec<&str> = all.iter().map(|t| t.id.as_str()).collect();
-        let known = if known.is_empty() { "the trash is empty".to_string() } else { known.join(", ") };
-        Error::NotFound { what: format!("transaction {id:?} in the trash ({known})") }
-    })
+    let known = || all.iter().map(|t| t.id.clone()).collect::<Vec<_>>();
+    all.iter().find(|t| t.id == id).ok_or_else(|| not_found(id, &known()))
+}
+
+fn not_found(id: &str, known: &[String]) -> Error {
+    let known = if known.is_empty() { "the trash is empty".to_string() } else { known.join(", ") };
+    Error::NotFound { what: format!("transaction {id:?} in the trash ({known})") }
 }
 
 /// A transaction as `regfs trash list` and `control/trash` show it.

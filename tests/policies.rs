@@ -19,6 +19,8 @@ use memory::{
     tag_history_link, tag_link, trash,
 };
 use regfs::catalog::Tables;
+use regfs::catalog::scan::scan_strictly;
+use regfs::gc::plan::{Plan, Policy};
 use regfs::gc::report::Report;
 use regfs::gc::{self, Options, Unwatched};
 use regfs::store::Store;
@@ -280,6 +282,30 @@ fn repairs_are_shown_when_looked_for_and_made_when_asked() {
     assert!(store.snapshot() == after);
     gc::purge_trash(&*store, &Tables::default(), &author(), &Selection::All).unwrap();
     assert_eq!(Live::of(&store.snapshot()).lacks, BTreeSet::new());
+}
+
+#[test]
+fn a_sweep_looks_into_every_directory_where_they_are_few() {
+    let store = store();
+    let digest = put_image(&store, "app", Some("1"), &image("kept"));
+    let unfinished =
+        revision_link("app", &digest).with_file_name("link.0a1b2c3d-0000-4000-8000-000000000000.tmp");
+    put(&store, unfinished.clone(), b"");
+    let catalog = scan_strictly(&*store, &Tables::default(), None).unwrap();
+    let found = |up_to: usize, options: Options| {
+        let mut policy = Policy::new(&options, SystemTime::now());
+        policy.thorough_up_to = up_to;
+        let plan = Plan::new(&*store, &catalog, &policy).unwrap();
+        let paths: Vec<PathBuf> = plan.items.iter().map(|item| item.path(&catalog.tables)).collect();
+        assert_eq!(paths, if plan.is_thorough { vec![unfinished.clone()] } else { vec![] });
+        plan.is_thorough
+    };
+    // Three blobs, a link to each of the two that are no manifest, a revision and a tag.
+    let all = catalog.blobs.len() + 2 + 1 + 1;
+    assert!(found(all, Options::default()));
+    assert!(!found(all - 1, Options::default()));
+    assert!(found(0, Options { thorough: true, ..Options::default() }));
+    assert!(!found(all, Options { dry_run: true, ..Options::default() }));
 }
 
 #[test]

@@ -46,7 +46,7 @@ pub(super) struct GcArgs {
     /// Make links whole that are broken or missing, where their place tells what belongs there
     #[arg(long)]
     repair: bool,
-    /// Look into every directory for leftovers in a dry run, too; a sweep always does
+    /// Look into every directory for leftovers; a sweep of a small store (100,000 directories) always does
     #[arg(long)]
     thorough: bool,
     /// Let damage keep nothing: what a manifest or a tag that can't be read might lead to is taken

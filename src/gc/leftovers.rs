@@ -43,6 +43,8 @@ pub(super) struct Facts<'a> {
     pub(super) policy: &'a Policy,
     pub(super) going: &'a Going,
     pub(super) mark: &'a Mark,
+    /// Whether every directory is looked into.
+    pub(super) is_thorough: bool,
 }
 
 /// Finds the leftovers; `planned` is what the mark decided.
@@ -54,10 +56,10 @@ pub(super) fn search(
     planned: &[Item],
     first: Option<&[Item]>,
 ) -> Result<Vec<Item>> {
-    let Facts { store, catalog, policy, going, mark } = *facts;
+    let Facts { store, catalog, policy, going, mark, is_thorough } = *facts;
     let known: IdSet = candidates.iter().map(|c| c.digest).collect();
     let linked = candidates.iter().flat_map(|c| &c.links).copied().collect();
-    let is_thorough = policy.is_thorough() && first.is_none();
+    let is_thorough = is_thorough && first.is_none();
     let named = Reach::new(catalog);
     let mut search =
         Search { store, catalog, policy, going, known, linked, named, is_thorough, items: Vec::new() };
@@ -486,41 +488,16 @@ impl Tree {
     }
 }
 
-/// Removes the directories that what was taken has emptied, as far as nothing else is in them.
-pub(super) fn remove_emptied(store: &dyn Store, item: &Item, path: &Path) -> Result<()> {
-    let Some(directory) = path.parent() else { return Ok(()) };
-    match item.what {
-        What::LayerLink(..) | What::Revision(..) | What::TagHistory(..) | What::Unfinished(_) => {
-            remove_leaf(store, directory)
-        }
-        What::Blob(_) => remove_leaf(store, directory),
-        What::Directory(_) => remove_shell(store, path),
-        What::Tag(..) | What::Upload(..) | What::Repository(_) => Ok(()),
-    }
-}
-
-/// Removes the directory of a link or a blob, and the shell around it.
-fn remove_leaf(store: &dyn Store, directory: &Path) -> Result<()> {
-    let is_hex = |name: &OsStr| name.len() >= 64 && name.as_encoded_bytes().iter().all(u8::is_ascii_hexdigit);
-    if directory.file_name().is_some_and(is_hex) && store.remove_directory(directory)? {
-        remove_shell(store, directory)?;
-    }
-    Ok(())
-}
-
-/// Removes what is around the directory of a link or a blob: a shard, or an algorithm other than the usual one.
-fn remove_shell(store: &dyn Store, directory: &Path) -> Result<()> {
-    let Some(shell) = directory.parent() else { return Ok(()) };
-    let is_shell = shell.file_name().is_some_and(|name| {
-        let algorithm = name.to_str().and_then(Algorithm::from_name);
-        algorithm.is_some_and(|a| a != Algorithm::Sha256) || is_shard(name)
-    });
+/// What is around the directory of a link or a blob, and goes when it is empty: a shard, or an algorithm other than the
+/// usual one.
+pub(super) fn shell_of(directory: &Path) -> Option<&Path> {
+    let shell = directory.parent()?;
+    let name = shell.file_name()?;
+    let algorithm = name.to_str().and_then(Algorithm::from_name);
+    let is_shell = algorithm.is_some_and(|a| a != Algorithm::Sha256) || is_shard(name);
     // `blobs/<alg>/<shard>` and `…/<alg>`; a repository may well be called `ab`.
-    let is_place = shell.starts_with(layout::BLOBS) || directory.file_name().is_some_and(|n| n.len() >= 64);
-    if is_shell && is_place {
-        store.remove_directory(shell)?;
-    }
-    Ok(())
+    let is_place = shell.starts_with(layout::BLOBS) || layout::is_leaf(directory);
+    (is_shell && is_place).then_some(shell)
 }
 
 /// Removes a directory with nothing, or only such directories, in it. `false`: something is in it by now.

@@ -20,7 +20,7 @@ use super::orphans::{self, Orphans};
 use super::repair::{self, Repair};
 use super::{Options, leftovers};
 use crate::catalog::intern::{DigestId, IdSet, NameId};
-use crate::catalog::{Catalog, Effect, Problem, Tables};
+use crate::catalog::{Catalog, Effect, Problem, Repository, Tables};
 use crate::error::Result;
 use crate::layout;
 use crate::store::{Directory, Store};
@@ -32,12 +32,17 @@ pub struct Policy {
     pub options: Options,
     /// The time to count from.
     pub now: SystemTime,
+    /// Into how many directories a sweep looks without being told to.
+    pub thorough_up_to: usize,
 }
+
+/// So many directories are read in seconds from a cold disk.
+const THOROUGH_UP_TO: usize = 100_000;
 
 impl Policy {
     /// What `options` mean at a time.
     pub fn new(options: &Options, now: SystemTime) -> Policy {
-        Policy { options: options.clone(), now }
+        Policy { options: options.clone(), now, thorough_up_to: THOROUGH_UP_TO }
     }
 
     /// When something last used then becomes garbage.
@@ -61,9 +66,13 @@ impl Policy {
         self.options.repositories.as_ref().is_none_or(|glob| glob.matches_path_with(repository, options))
     }
 
-    /// Whether every directory is looked into.
-    pub fn is_thorough(&self) -> bool {
-        !self.options.dry_run || self.options.thorough || self.options.repair
+    /// Whether every directory of a blob, a link or a tag is looked into: when asked for, and by a sweep of a store
+    /// with so few of them that it costs next to nothing.
+    pub fn is_thorough(&self, catalog: &Catalog) -> bool {
+        let links = |r: &Repository| r.layers.len() + r.revisions.len() + r.tags.len();
+        let all = catalog.repositories.values().map(|r| links(r)).sum::<usize>() + catalog.blobs.len();
+        let is_cheap = !self.options.dry_run && all <= self.thorough_up_to;
+        is_cheap || self.options.thorough || self.options.repair
     }
 
     /// Whether directories that a sweep empties go at once: nobody pushes, or that is the caller's risk.
@@ -360,12 +369,19 @@ impl Plan {
         let mark = mark::mark(catalog, &going.revisions);
         let (candidates, problems) = candidates(store, catalog, &mark)?;
         let mut plan = Plan { problems, ..decide(catalog, &going, &candidates, policy) };
-        plan.is_thorough = policy.is_thorough();
+        plan.is_thorough = first.map_or_else(|| policy.is_thorough(catalog), |first| first.is_thorough);
         plan.is_eager = policy.is_eager();
         if plan.is_thorough {
             plan.repairs = repair::search(store, catalog, policy, &going, first.map(|p| &*p.repairs))?;
         }
-        let facts = leftovers::Facts { store, catalog, policy, going: &going, mark: &mark };
+        let facts = leftovers::Facts {
+            store,
+            catalog,
+            policy,
+            going: &going,
+            mark: &mark,
+            is_thorough: plan.is_thorough,
+        };
         let found = leftovers::search(&facts, &candidates, &plan.items, first.map(|p| &*p.items))?;
         plan.items.extend(found);
         plan.items.sort_by_key(Item::kind);

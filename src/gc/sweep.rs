@@ -4,7 +4,8 @@
 //! Goes on after a failure and reports each one; what was moved by then can be undone or purged like the rest. What a
 //! manifest or a link that could not be moved leads to stays, so that neither is left without its bytes.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use super::plan::{Item, ItemKind, Plan, What};
 use super::repair::{self, Repair};
@@ -52,10 +53,11 @@ pub fn take(
     if needs_repair {
         repair_all(store, plan, transaction.as_ref(), progress, &mut taken);
     }
+    let mut emptied = Emptied::default();
     if let Some(transaction) = &transaction {
-        move_all(store, catalog, plan, transaction, progress, &mut taken);
+        move_all(store, catalog, plan, transaction, progress, &mut taken, &mut emptied);
     }
-    remove_all(store, catalog, plan, progress, &mut taken);
+    remove_all(store, catalog, plan, progress, &mut taken, emptied);
     if let Some(transaction) = transaction {
         let has_moved = |at: &usize| plan.items.get(*at).is_some_and(|item| item.kind().is_moved());
         let has_replaced = |at: &usize| plan.repairs.get(*at).is_some_and(Repair::replaces);
@@ -94,6 +96,35 @@ fn repair_all(
     taken.failures.extend(store.sync().err());
 }
 
+/// What may be empty by now; followed up only where directories may go at once.
+#[derive(Default)]
+struct Emptied {
+    /// Directories of links and blobs.
+    leaves: Vec<PathBuf>,
+    /// What is around those that are gone.
+    shells: BTreeSet<PathBuf>,
+}
+
+impl Emptied {
+    fn is_gone(&mut self, leaf: &Path) {
+        let shell = leftovers::shell_of(leaf).filter(|shell| !self.shells.contains(*shell));
+        self.shells.extend(shell.map(Path::to_path_buf));
+    }
+
+    fn remove(mut self, store: &dyn Store, taken: &mut Taken) {
+        for leaf in std::mem::take(&mut self.leaves) {
+            match store.remove_directory(&leaf) {
+                Ok(true) => self.is_gone(&leaf),
+                Ok(false) => {}
+                Err(e) => taken.failures.push(e),
+            }
+        }
+        for shell in self.shells {
+            taken.failures.extend(store.remove_directory(&shell).err());
+        }
+    }
+}
+
 /// Moves everything that moves into `transaction`.
 fn move_all(
     store: &dyn Store,
@@ -102,6 +133,7 @@ fn move_all(
     transaction: &Transaction,
     progress: &dyn Progress,
     taken: &mut Taken,
+    emptied: &mut Emptied,
 ) {
     progress.phase("take", plan.items.len());
     let mut last = None;
@@ -122,7 +154,7 @@ fn move_all(
         if id.is_some_and(|id| needed.contains(id)) {
             continue;
         }
-        match take_one(store, transaction, catalog, item) {
+        match take_one(store, transaction, catalog, item, plan.is_eager.then_some(&mut *emptied)) {
             Ok(true) => taken.items.push(at),
             Ok(false) => {}
             Err(e) => {
@@ -140,9 +172,29 @@ fn move_all(
     }
 }
 
-fn take_one(store: &dyn Store, transaction: &Transaction, catalog: &Catalog, item: &Item) -> Result<bool> {
+/// Moves one thing, with its directory where `emptied` is given.
+fn take_one(
+    store: &dyn Store,
+    transaction: &Transaction,
+    catalog: &Catalog,
+    item: &Item,
+    emptied: Option<&mut Emptied>,
+) -> Result<bool> {
     let path = item.path(&catalog.tables);
-    let was_there = transaction.take(store, &path)?;
+    let was_there = match emptied {
+        None => transaction.take(store, &path)?,
+        Some(emptied) => match transaction.take_with_directory(store, &path)? {
+            Some(moved) if moved != path => {
+                emptied.is_gone(moved);
+                true
+            }
+            moved => {
+                let leaf = path.parent().filter(|leaf| moved.is_some() && layout::is_leaf(leaf));
+                emptied.leaves.extend(leaf.map(Path::to_path_buf));
+                moved.is_some()
+            }
+        },
+    };
     if let What::Tag(repository, tag, target) = &item.what
         && was_there
     {
@@ -174,15 +226,17 @@ fn take_one(store: &dyn Store, transaction: &Transaction, catalog: &Catalog, ite
 }
 
 /// Removes the directories that are empty, and those that are now if they may go at once.
-fn remove_all(store: &dyn Store, catalog: &Catalog, plan: &Plan, progress: &dyn Progress, taken: &mut Taken) {
-    let emptied: Vec<usize> = if plan.is_eager { taken.items.clone() } else { Vec::new() };
-    for item in emptied.into_iter().filter_map(|at| plan.items.get(at)) {
-        let path = item.path(&catalog.tables);
-        taken.failures.extend(leftovers::remove_emptied(store, item, &path).err());
-    }
+fn remove_all(
+    store: &dyn Store,
+    catalog: &Catalog,
+    plan: &Plan,
+    progress: &dyn Progress,
+    taken: &mut Taken,
+    mut emptied: Emptied,
+) {
     for (at, item) in plan.items.iter().enumerate().filter(|(_, item)| !item.kind().is_moved()) {
         if progress.is_stopped() {
-            return;
+            break;
         }
         let path = item.path(&catalog.tables);
         let removed = match item.kind() {
@@ -193,7 +247,7 @@ fn remove_all(store: &dyn Store, catalog: &Catalog, plan: &Plan, progress: &dyn 
             Ok(true) => {
                 taken.items.push(at);
                 if plan.is_eager {
-                    taken.failures.extend(leftovers::remove_emptied(store, item, &path).err());
+                    emptied.is_gone(&path);
                 }
             }
             Ok(false) => {}
@@ -201,6 +255,7 @@ fn remove_all(store: &dyn Store, catalog: &Catalog, plan: &Plan, progress: &dyn 
         }
         progress.step(1);
     }
+    emptied.remove(store, taken);
 }
 
 fn reason(options: &Options) -> String {

@@ -250,15 +250,12 @@ impl Report {
                 timestamp(next),
             )?;
         }
-        if !self.plan.is_thorough && self.mode == Mode::DryRun {
-            writeln!(
-                out,
-                "a sweep looks into every directory for leftovers, too; so does a dry run with {}",
-                match place {
-                    Place::CommandLine(_) => "--thorough",
-                    Place::ControlFile => "thorough",
-                }
-            )?;
+        if !self.plan.is_thorough {
+            let thorough = match place {
+                Place::CommandLine(_) => "--thorough",
+                Place::ControlFile => "thorough",
+            };
+            writeln!(out, "{thorough} finds what is left over in directories of what is in use, too")?;
         }
         writeln!(out, "{}", self.outcome())?;
         if self.mode == Mode::Sweep && self.freed_bytes > 0 {
