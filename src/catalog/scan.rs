@@ -661,7 +661,7 @@ impl<'a> Scan<'a> {
 }
 
 /// Does `work` for each of `items`, on several threads; what each thread gathered in a value made by `start`.
-pub(super) fn spread<T: Sync, S: Send>(
+pub(crate) fn spread<T: Sync, S: Send>(
     threads: NonZeroUsize,
     items: &[T],
     start: impl Fn() -> S + Sync,

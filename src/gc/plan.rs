@@ -20,6 +20,7 @@ use super::orphans::{self, Orphans};
 use super::repair::{self, Repair};
 use super::{Options, leftovers};
 use crate::catalog::intern::{DigestId, IdSet, NameId};
+use crate::catalog::scan::spread;
 use crate::catalog::{Catalog, Effect, Problem, Repository, Tables};
 use crate::error::Result;
 use crate::layout;
@@ -414,20 +415,43 @@ pub fn candidates(
         }
     }
     links.sort_unstable();
+    let unreferenced: Vec<DigestId> =
+        catalog.blobs.iter().copied().filter(|id| !mark.is_reachable(*id)).collect();
+    // One part for each thread: what they find is long, and put together.
+    let part = unreferenced.len().div_ceil(catalog.tables.threads.get()).max(1);
+    let parts: Vec<(usize, &[DigestId])> = unreferenced.chunks(part).enumerate().collect();
+    let looked = spread(catalog.tables.threads, &parts, Vec::new, |looked, (at, part)| {
+        looked.push((*at, look_at(store, catalog, part, &links)));
+    });
+    let mut looked: Vec<_> = looked.into_iter().flatten().collect();
+    looked.sort_unstable_by_key(|(at, _)| *at);
     let (mut found, mut problems) = (Vec::new(), Vec::new());
+    for (_, looked) in looked {
+        let (mut more, odd) = looked?;
+        if found.is_empty() {
+            found = more
+        } else {
+            found.append(&mut more)
+        }
+        problems.extend(odd);
+    }
+    Ok((found, problems))
+}
+
+fn look_at(
+    store: &dyn Store,
+    catalog: &Catalog,
+    unreferenced: &[DigestId],
+    links: &[(DigestId, NameId, DigestId)],
+) -> Result<(Vec<Candidate>, Vec<Problem>)> {
+    let (mut found, mut problems) = (Vec::with_capacity(unreferenced.len()), Vec::new());
     let mut shard: Option<(PathBuf, Box<dyn Directory + '_>)> = None;
-    for digest in catalog.blobs.iter().copied().filter(|id| !mark.is_reachable(*id)) {
+    for digest in unreferenced.iter().copied() {
         let path = layout::blob_data(&catalog.digest(digest));
         let from = links.partition_point(|(target, ..)| *target < digest);
         let own = links[from..].iter().take_while(|(target, ..)| *target == digest);
-        match candidate(
-            store,
-            catalog,
-            digest,
-            &path,
-            own.map(|(_, name, layer)| (*name, *layer)),
-            &mut shard,
-        ) {
+        let own = own.map(|(_, name, layer)| (*name, *layer));
+        match candidate(store, catalog, digest, &path, own, &mut shard) {
             Ok(candidate) => found.extend(candidate),
             Err(e) if e.is_damage() => {
                 let what = format!("{e}, so the age of {} is unknown", catalog.digest(digest));
@@ -488,7 +512,7 @@ pub fn decide(catalog: &Catalog, going: &Going, candidates: &[Candidate], policy
         }
     }
     let mut links: Vec<Item> = Vec::new();
-    let mut blobs = Vec::new();
+    let mut blobs: Vec<(&Candidate, Reason)> = Vec::new();
     for candidate in candidates {
         let (digest, bytes) = (candidate.digest, candidate.bytes);
         let reason = match (below_untagged.contains(digest), below_orphaned.contains(digest)) {
@@ -509,11 +533,15 @@ pub fn decide(catalog: &Catalog, going: &Going, candidates: &[Candidate], policy
         }
         let link = |(repository, layer)| Item { what: What::LayerLink(repository, layer), bytes: 0, reason };
         links.extend(candidate.links.iter().copied().map(link));
-        blobs.push(Item { what: What::Blob(digest), bytes, reason });
+        blobs.push((candidate, reason));
     }
     links.sort_unstable_by(|a, b| a.what.cmp(&b.what));
     links.dedup_by(|a, b| a.what == b.what);
+    // There may be millions of them: no more room than they need.
+    plan.items.reserve_exact(links.len() + blobs.len());
     plan.items.extend(links);
-    plan.items.extend(blobs);
+    let item =
+        |(of, reason): (&Candidate, Reason)| Item { what: What::Blob(of.digest), bytes: of.bytes, reason };
+    plan.items.extend(blobs.into_iter().map(item));
     plan
 }
