@@ -47,18 +47,35 @@ pub(super) struct Facts<'a> {
     pub(super) is_thorough: bool,
 }
 
+/// What the mark decides about, and no search needs to look at.
+pub(super) struct Decided {
+    /// Unreferenced blobs whose bytes are there.
+    known: IdSet,
+    /// The links to those, in order.
+    linked: Vec<(NameId, DigestId)>,
+}
+
+impl Decided {
+    pub(super) fn of(candidates: &[Candidate]) -> Decided {
+        let known = candidates.iter().map(|c| c.digest).collect();
+        let mut linked = Vec::with_capacity(candidates.iter().map(|c| c.links.len()).sum());
+        linked.extend(candidates.iter().flat_map(|c| &c.links));
+        linked.sort_unstable();
+        Decided { known, linked }
+    }
+}
+
 /// Finds the leftovers; `planned` is what the mark decided.
 ///
 /// A second look gives what the `first` one found: it searches quickly, and looks at the rest of that one by one.
 pub(super) fn search(
     facts: &Facts<'_>,
-    candidates: &[Candidate],
+    decided: Decided,
     planned: &[Item],
     first: Option<&[Item]>,
 ) -> Result<Vec<Item>> {
     let Facts { store, catalog, policy, going, mark, is_thorough } = *facts;
-    let known: IdSet = candidates.iter().map(|c| c.digest).collect();
-    let linked = candidates.iter().flat_map(|c| &c.links).copied().collect();
+    let Decided { known, linked } = decided;
     let is_thorough = is_thorough && first.is_none();
     let named = Reach::new(catalog);
     let mut search =
@@ -127,8 +144,8 @@ struct Search<'a> {
     going: &'a Going,
     /// Unreferenced blobs whose bytes are there; their links are decided with them.
     known: IdSet,
-    /// The links to those.
-    linked: HashSet<(NameId, DigestId)>,
+    /// The links to those, in order.
+    linked: Vec<(NameId, DigestId)>,
     /// What the repository that is looked at leads to.
     named: Reach,
     is_thorough: bool,
@@ -136,6 +153,10 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
+    fn add_directory(&mut self, path: &Path) {
+        self.add(What::Directory(Box::new(path.to_path_buf())), 0, Reason::Empty);
+    }
+
     fn add(&mut self, what: What, bytes: u64, reason: Reason) {
         self.items.push(Item { what, bytes, reason });
     }
@@ -199,7 +220,7 @@ impl Search<'_> {
                 }
                 continue;
             }
-            if self.linked.contains(&(name, layer)) {
+            if self.linked.binary_search(&(name, layer)).is_ok() {
                 continue;
             }
             let path = path();
@@ -279,7 +300,7 @@ impl Search<'_> {
         }
         if tree.files.is_empty() {
             if !self.policy.is_young(tree.directories_changed) {
-                self.add(What::Directory(path.into()), 0, Reason::Empty);
+                self.add_directory(&path);
             }
             return Ok(());
         }
@@ -345,7 +366,7 @@ impl Search<'_> {
             let Some(tree) = self.tree(&path)? else { continue };
             let is_empty = tree.files.is_empty() && !tree.has_strangers;
             if is_empty && !self.policy.is_young(tree.directories_changed) {
-                self.add(What::Directory(path.into()), 0, Reason::Empty);
+                self.add_directory(&path);
             }
         }
         Ok(())
@@ -398,7 +419,7 @@ impl Search<'_> {
         if let Some(changed) = unless_misplaced(self.store.directory_changed(path))?
             && !self.policy.is_young(changed)
         {
-            self.add(What::Directory(path.into()), 0, Reason::Empty);
+            self.add_directory(&path);
         }
         Ok(())
     }

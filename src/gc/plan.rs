@@ -157,9 +157,9 @@ pub enum What {
     /// Repository and name of an upload.
     Upload(NameId, NameId),
     /// A file that a crashed writer left.
-    Unfinished(Box<Path>),
+    Unfinished(Box<PathBuf>),
     /// A directory with nothing, or only such directories, in it.
-    Directory(Box<Path>),
+    Directory(Box<PathBuf>),
     /// The directories of a repository.
     Repository(NameId),
 }
@@ -249,7 +249,7 @@ impl Item {
                 layout::tag_history_link(&repository(*name), &tables.names.get(*tag), &digest(*id))
             }
             What::Upload(name, upload) => layout::upload_dir(&repository(*name), &tables.names.get(*upload)),
-            What::Unfinished(path) | What::Directory(path) => path.to_path_buf(),
+            What::Unfinished(path) | What::Directory(path) => PathBuf::clone(path),
             What::Repository(name) => layout::repository(&repository(*name)),
         }
     }
@@ -370,6 +370,9 @@ impl Plan {
         let mark = mark::mark(catalog, &going.revisions);
         let (candidates, problems) = candidates(store, catalog, &mark)?;
         let mut plan = Plan { problems, ..decide(catalog, &going, &candidates, policy) };
+        let decided = leftovers::Decided::of(&candidates);
+        // There may be millions of them.
+        drop(candidates);
         plan.is_thorough = first.map_or_else(|| policy.is_thorough(catalog), |first| first.is_thorough);
         plan.is_eager = policy.is_eager();
         if plan.is_thorough {
@@ -383,7 +386,7 @@ impl Plan {
             mark: &mark,
             is_thorough: plan.is_thorough,
         };
-        let found = leftovers::search(&facts, &candidates, &plan.items, first.map(|p| &*p.items))?;
+        let found = leftovers::search(&facts, decided, &plan.items, first.map(|p| &*p.items))?;
         plan.items.extend(found);
         plan.items.sort_by_key(Item::kind);
         plan.items.shrink_to_fit();
@@ -421,7 +424,8 @@ pub fn candidates(
     let part = unreferenced.len().div_ceil(catalog.tables.threads.get()).max(1);
     let parts: Vec<(usize, &[DigestId])> = unreferenced.chunks(part).enumerate().collect();
     let looked = spread(catalog.tables.threads, &parts, Vec::new, |looked, (at, part)| {
-        looked.push((*at, look_at(store, catalog, part, &links)));
+        let room = if *at == 0 { unreferenced.len() } else { part.len() };
+        looked.push((*at, look_at(store, catalog, part, &links, room)));
     });
     let mut looked: Vec<_> = looked.into_iter().flatten().collect();
     looked.sort_unstable_by_key(|(at, _)| *at);
@@ -443,8 +447,9 @@ fn look_at(
     catalog: &Catalog,
     unreferenced: &[DigestId],
     links: &[(DigestId, NameId, DigestId)],
+    room: usize,
 ) -> Result<(Vec<Candidate>, Vec<Problem>)> {
-    let (mut found, mut problems) = (Vec::with_capacity(unreferenced.len()), Vec::new());
+    let (mut found, mut problems) = (Vec::with_capacity(room), Vec::new());
     let mut shard: Option<(PathBuf, Box<dyn Directory + '_>)> = None;
     for digest in unreferenced.iter().copied() {
         let path = layout::blob_data(&catalog.digest(digest));
@@ -511,7 +516,7 @@ pub fn decide(catalog: &Catalog, going: &Going, candidates: &[Candidate], policy
             below.extend(&catalog.closure(id));
         }
     }
-    let mut links: Vec<Item> = Vec::new();
+    let mut links: Vec<(NameId, DigestId, Reason)> = Vec::new();
     let mut blobs: Vec<(&Candidate, Reason)> = Vec::new();
     for candidate in candidates {
         let (digest, bytes) = (candidate.digest, candidate.bytes);
@@ -531,15 +536,16 @@ pub fn decide(catalog: &Catalog, going: &Going, candidates: &[Candidate], policy
             plan.young.push(Young { digest, bytes, eligible_at: policy.eligible_at(candidate.last_used) });
             continue;
         }
-        let link = |(repository, layer)| Item { what: What::LayerLink(repository, layer), bytes: 0, reason };
-        links.extend(candidate.links.iter().copied().map(link));
+        links.extend(candidate.links.iter().map(|(repository, layer)| (*repository, *layer, reason)));
         blobs.push((candidate, reason));
     }
-    links.sort_unstable_by(|a, b| a.what.cmp(&b.what));
-    links.dedup_by(|a, b| a.what == b.what);
+    links.sort_unstable();
+    links.dedup_by_key(|(repository, layer, _)| (*repository, *layer));
     // There may be millions of them: no more room than they need.
     plan.items.reserve_exact(links.len() + blobs.len());
-    plan.items.extend(links);
+    let link =
+        |(repository, layer, reason)| Item { what: What::LayerLink(repository, layer), bytes: 0, reason };
+    plan.items.extend(links.into_iter().map(link));
     let item =
         |(of, reason): (&Candidate, Reason)| Item { what: What::Blob(of.digest), bytes: of.bytes, reason };
     plan.items.extend(blobs.into_iter().map(item));
