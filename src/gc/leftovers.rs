@@ -419,7 +419,7 @@ impl Search<'_> {
         if let Some(changed) = unless_misplaced(self.store.directory_changed(path))?
             && !self.policy.is_young(changed)
         {
-            self.add_directory(&path);
+            self.add_directory(path);
         }
         Ok(())
     }
