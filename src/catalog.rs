@@ -13,6 +13,7 @@ pub mod cache;
 pub mod intern;
 mod manifests;
 pub mod scan;
+pub mod update;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
@@ -448,13 +449,21 @@ impl Catalog {
 
     /// Whether `other` says the same about the store; the times of the two scans don't count.
     pub fn says_the_same_as(&self, other: &Catalog) -> bool {
+        let same_repositories = || {
+            let mut both = self.repositories.iter().zip(&other.repositories);
+            self.repositories.len() == other.repositories.len()
+                && both.all(|((a, x), (b, y))| a == b && (Arc::ptr_eq(x, y) || x == y))
+        };
         let same_manifests = || {
+            if Arc::ptr_eq(&self.manifests, &other.manifests) {
+                return true;
+            }
             let known = |(id, m): (&DigestId, &Arc<Manifest>)| {
                 other.manifests.get(id).is_some_and(|o| m.says_the_same_as(o))
             };
             self.manifests.len() == other.manifests.len() && self.manifests.iter().all(known)
         };
-        self.repositories == other.repositories
+        same_repositories()
             && self.namespaces == other.namespaces
             && self.blobs == other.blobs
             && self.aliases == other.aliases

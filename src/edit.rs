@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use crate::catalog::intern::{DigestId, NameId};
-use crate::catalog::scan::rescan;
+use crate::catalog::update::rescan;
 use crate::catalog::{Catalog, Effect, Keeps, Parsed, Repository, Tag};
 use crate::error::{Error, Result};
 use crate::layout;

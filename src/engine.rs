@@ -4,14 +4,14 @@
 //! change publishes the next one.
 //!
 //! # Freshness
-//! Whoever looks at the tree gets a snapshot that is at most a second old, or twenty times as old as a look at the
-//! storage takes, so that looking never costs more than a twentieth of the time. A change of our own publishes
-//! what it left.
+//! See [`fresh`]. A change of our own publishes what it left. Whoever remembers parts of the tree (the kernel, for the
+//! mount) hears with each snapshot what is not so any more.
 //!
 //! # Locks
 //! `changing` is held by a refresh and by a change of our own (order: `changing`, then the lock of the store, then
-//! `current`). A collection holds only the lock of the store, so that everything else goes on meanwhile.
+//! `watch`, then `current`). A collection holds only the lock of the store, so that everything else goes on meanwhile.
 
+pub mod fresh;
 mod journal;
 mod remove;
 
@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::catalog::cache::{self, Place as CachePlace};
+use crate::catalog::intern::DigestId;
 use crate::catalog::scan::scan;
 use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
@@ -30,13 +32,13 @@ use crate::trash::{self, Author};
 use crate::view::control::{self, GcCommand, TrashCommand};
 use crate::view::node::Node;
 use crate::view::{Settings, Snapshot, View};
+use crate::watch::Watch;
+use fresh::Listener;
 use journal::Journal;
 use remove::Open;
 
-/// How old a look at the storage may be.
-const FRESH: Duration = Duration::from_secs(1);
-/// How much older it may be than it takes.
-const COST_FACTOR: u32 = 20;
+/// So many manifests take longer to read than to find in the cache.
+const WORTH_KEEPING: usize = 5_000;
 /// How long a change waits for another regfs.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 
@@ -64,6 +66,11 @@ pub struct Engine {
     run: Run,
     /// The trash may hold something that a manifest names; the next refresh finds out.
     is_heal_due: AtomicBool,
+    healed: Mutex<Looked>,
+    watch: Mutex<Option<Watch>>,
+    /// The first catalog, until what its manifests say is kept for the next mount.
+    unkept: Mutex<Option<Catalog>>,
+    listener: Mutex<Option<Arc<dyn Listener>>>,
 }
 
 struct Looked {
@@ -105,6 +112,8 @@ struct Status {
     blobs: usize,
     problems: usize,
     transactions: usize,
+    /// `events`: the kernel tells of changes; `looks`: the storage is looked at when somebody looks here.
+    freshness: &'static str,
     /// When the storage was last found changed, RFC 3339.
     looked_at: String,
     /// How long the last look took.
@@ -130,9 +139,15 @@ impl Drop for Running<'_> {
 impl Engine {
     /// Looks at the storage for the first time.
     pub fn new(store: Arc<dyn Store>, settings: Settings) -> Result<Engine> {
-        let tables = Tables::default();
         let began = Instant::now();
-        let catalog = scan(&*store, &tables, None);
+        let mut tables = Tables::new(None);
+        tables.known = Arc::new(cache::load(&*store, &CachePlace::Store, &tables));
+        let mut catalog = scan(&*store, &tables, None);
+        let is_worth_keeping = catalog.manifests.len() >= WORTH_KEEPING && !settings.read_only;
+        let unkept = is_worth_keeping.then(|| catalog.clone());
+        // All that is needed of it is in the catalog by now.
+        catalog.tables.known = Arc::default();
+        tables.known = Arc::default();
         let ids = match trash::ids(&*store) {
             // Only its owner may look into the trash; others see the rest.
             Err(e) if settings.read_only => {
@@ -165,7 +180,21 @@ impl Engine {
             }),
             run: Run::default(),
             is_heal_due: AtomicBool::new(true),
+            healed: Mutex::new(Looked { at: Instant::now(), cost: Duration::ZERO }),
+            watch: Mutex::default(),
+            unkept: Mutex::new(unkept),
+            listener: Mutex::default(),
         })
+    }
+
+    /// Keeps what manifests say for the next mount or collection, if there are many.
+    pub fn keep_parsed(&self) {
+        let Some(catalog) = locked(&self.unkept).take() else { return };
+        // A collection that has the lock keeps it by itself.
+        let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else { return };
+        if let Err(e) = cache::save(&*self.store, &CachePlace::Store, &catalog) {
+            log::warn!("{e}");
+        }
     }
 
     /// Where bytes come from.
@@ -178,20 +207,6 @@ impl Engine {
         &self.settings
     }
 
-    /// The registry as it is, by a look that is fresh enough.
-    pub fn snapshot(&self) -> Arc<Snapshot> {
-        let (age, cost) = {
-            let looked = locked(&self.looked);
-            (looked.at.elapsed(), looked.cost)
-        };
-        if age > FRESH.max(cost * COST_FACTOR)
-            && let Ok(mut changing) = self.changing.try_lock()
-        {
-            self.refresh(&mut changing);
-        }
-        self.current()
-    }
-
     fn current(&self) -> Arc<Snapshot> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -201,25 +216,32 @@ impl Engine {
         View { snapshot, store: &*self.store, settings: &self.settings }
     }
 
-    /// Looks at the storage now.
-    pub fn refresh_now(&self) {
-        self.refresh(&mut locked(&self.changing));
+    /// Publishes a newer catalog if it says something new, after giving back what is in use again.
+    fn heal_and_publish(&self, catalog: Catalog, ids: Vec<String>, is_same: bool, blobs: &[DigestId]) {
+        if is_same && !self.is_heal_due.load(Ordering::SeqCst) {
+            return;
+        }
+        let (catalog, restored) = match ids.is_empty() {
+            true => (catalog, Some(0)),
+            false if !self.may_heal() => (catalog, None),
+            false => {
+                let began = Instant::now();
+                let healed = self.heal(catalog);
+                *locked(&self.healed) = Looked { at: Instant::now(), cost: began.elapsed() };
+                healed
+            }
+        };
+        if !is_same || restored.is_some_and(|count| count > 0) {
+            let ids = if restored == Some(0) { ids } else { self.transactions() };
+            self.publish(catalog, ids, blobs);
+        }
+        self.is_heal_due.store(restored.is_none(), Ordering::SeqCst);
     }
 
-    fn refresh(&self, _changing: &mut MutexGuard<'_, Option<Open>>) {
-        let began = Instant::now();
-        let before = self.current();
-        let catalog = scan(&*self.store, &self.tables, Some(&before.catalog));
-        let ids = self.transactions();
-        let is_same = ids == before.trash && catalog.says_the_same_as(&before.catalog);
-        if !is_same || self.is_heal_due.load(Ordering::SeqCst) {
-            let (catalog, restored) = if ids.is_empty() { (catalog, Some(0)) } else { self.heal(catalog) };
-            if !is_same || restored.is_some_and(|count| count > 0) {
-                self.publish(catalog, self.transactions());
-            }
-            self.is_heal_due.store(restored.is_none(), Ordering::SeqCst);
-        }
-        *locked(&self.looked) = Looked { at: Instant::now(), cost: began.elapsed() };
+    /// Whether it is not too soon to compare with the trash again, which takes time where much is in it.
+    fn may_heal(&self) -> bool {
+        let healed = locked(&self.healed);
+        healed.at.elapsed() >= healed.cost * fresh::COST_FACTOR
     }
 
     /// Gives back what a push named again; the catalog afterwards, and how much came back; `None` when it is to be
@@ -254,11 +276,15 @@ impl Engine {
         })
     }
 
-    fn publish(&self, catalog: Catalog, trash: Vec<String>) {
+    /// Answers from `catalog` from now on; `blobs` came or went on the disk, even where it says the same.
+    fn publish(&self, catalog: Catalog, trash: Vec<String>, blobs: &[DigestId]) {
         // Nobody has compared this one with the trash yet.
         self.is_heal_due.store(true, Ordering::SeqCst);
-        let next = Arc::new(Snapshot::new(catalog, trash));
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = next;
+        let (next, stale) = self.current().next(catalog, trash, blobs);
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
+        if let Some(listener) = self.listener().filter(|_| !stale.is_empty()) {
+            listener.forget(stale);
+        }
     }
 
     /// A line in `control/log`.
@@ -330,6 +356,7 @@ impl Engine {
             blobs: snapshot.catalog.blobs.len(),
             problems: snapshot.catalog.problems.len(),
             transactions: snapshot.trash.len(),
+            freshness: if self.is_watching() { "events" } else { "looks" },
             looked_at: timestamp(snapshot.catalog.scanned_at),
             look_seconds: cost.as_secs_f64(),
         };
@@ -470,6 +497,6 @@ impl Engine {
         *changing = None;
         let before = self.current();
         let catalog = scan(&*self.store, &self.tables, Some(&before.catalog));
-        self.publish(catalog, self.transactions());
+        self.publish(catalog, self.transactions(), &[]);
     }
 }

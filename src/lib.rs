@@ -16,5 +16,7 @@ pub mod progress;
 pub mod registry_config;
 pub mod sample;
 pub mod store;
+mod sys;
 pub mod trash;
 pub mod view;
+pub mod watch;

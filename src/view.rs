@@ -10,6 +10,7 @@ pub mod control;
 mod links;
 pub mod node;
 pub mod reachability;
+pub mod stale;
 pub mod text;
 pub mod tree;
 
@@ -25,6 +26,8 @@ use crate::gc::mark::{self, Mark, Untagged};
 use crate::gc::plan::{self, Candidate};
 use crate::layout;
 use crate::store::Store;
+use node::Node;
+use stale::Stale;
 
 /// What of the mount does not change.
 #[derive(Clone, Debug)]
@@ -50,7 +53,10 @@ pub struct Snapshot {
     /// Names of the transactions in the trash.
     pub trash: Vec<String>,
     /// Children of each directory below `images`, the root of it included.
-    directories: BTreeMap<PathBuf, BTreeSet<OsString>>,
+    directories: Arc<Directories>,
+    /// When the entries of directories were found changed; of those that never were, nothing.
+    changed_at: Arc<HashMap<Node, SystemTime>>,
+    pushed: OnceLock<HashMap<DigestId, SystemTime>>,
     mark: OnceLock<Mark>,
     listed: OnceLock<IdSet>,
     uses: OnceLock<Uses>,
@@ -61,6 +67,9 @@ pub struct Snapshot {
     sizes: OnceLock<HashMap<DigestId, u64>>,
     usage: OnceLock<Arc<[u8]>>,
 }
+
+/// Children of directories, by the path of these.
+type Directories = BTreeMap<PathBuf, BTreeSet<OsString>>;
 
 /// Who names what, backwards.
 #[derive(Default)]
@@ -80,21 +89,37 @@ pub struct Uses {
 impl Snapshot {
     /// Prepares the tree of `catalog`.
     pub fn new(catalog: Catalog, trash: Vec<String>) -> Snapshot {
-        let mut directories: BTreeMap<PathBuf, BTreeSet<OsString>> = BTreeMap::new();
-        directories.insert(PathBuf::new(), BTreeSet::new());
-        let repositories = catalog.repositories.values().filter(|r| r.is_valid).map(|r| &r.name);
-        for directory in repositories.chain(&catalog.namespaces) {
-            directories.entry(directory.clone()).or_default();
-            for path in directory.ancestors() {
-                if let (Some(parent), Some(name)) = (path.parent(), path.file_name()) {
-                    directories.entry(parent.to_path_buf()).or_default().insert(name.to_os_string());
-                }
-            }
+        let directories = Arc::new(directories(&catalog));
+        Snapshot::with(catalog, trash, directories)
+    }
+
+    /// The snapshot that follows this one, and what is not in it as it was here; `blobs` came or went on the disk.
+    pub fn next(&self, catalog: Catalog, trash: Vec<String>, blobs: &[DigestId]) -> (Snapshot, Stale) {
+        let is_same_tree = self.catalog.namespaces == catalog.namespaces
+            && self.catalog.repositories.len() == catalog.repositories.len()
+            && self.catalog.repositories.iter().zip(&catalog.repositories).all(|((a, old), (b, new))| {
+                Arc::ptr_eq(old, new) || (a == b && old.is_valid == new.is_valid)
+            });
+        let directories =
+            if is_same_tree { self.directories.clone() } else { Arc::new(directories(&catalog)) };
+        let mut next = Snapshot::with(catalog, trash, directories);
+        let stale = Stale::between(self, &next, blobs);
+        next.changed_at = self.changed_at.clone();
+        if !stale.contents.is_empty() {
+            let now = SystemTime::now();
+            // Grows with the directories that ever changed, not with how often they do.
+            Arc::make_mut(&mut next.changed_at).extend(stale.contents.iter().map(|node| (*node, now)));
         }
+        (next, stale)
+    }
+
+    fn with(catalog: Catalog, trash: Vec<String>, directories: Arc<Directories>) -> Snapshot {
         Snapshot {
             catalog,
             trash,
             directories,
+            changed_at: Arc::default(),
+            pushed: OnceLock::new(),
             mark: OnceLock::new(),
             listed: OnceLock::new(),
             uses: OnceLock::new(),
@@ -105,6 +130,25 @@ impl Snapshot {
             sizes: OnceLock::new(),
             usage: OnceLock::new(),
         }
+    }
+
+    /// When the entries of a directory were last found changed.
+    pub fn changed_at(&self, node: Node) -> Option<SystemTime> {
+        self.changed_at.get(&node).copied()
+    }
+
+    /// When a manifest was last pushed to any repository.
+    pub fn pushed_at(&self, id: DigestId) -> Option<SystemTime> {
+        let pushed = self.pushed.get_or_init(|| {
+            let mut pushed: HashMap<DigestId, SystemTime> = HashMap::new();
+            for revision in self.catalog.repositories.values().flat_map(|r| &r.revisions) {
+                let at = revision.version.modified();
+                let known = pushed.entry(revision.digest).or_insert(at);
+                *known = at.max(*known);
+            }
+            pushed
+        });
+        pushed.get(&id).copied()
     }
 
     /// Names below a directory of `images`; `None` when there is no such directory.
@@ -276,6 +320,21 @@ impl Snapshot {
     pub fn name(&self, id: NameId) -> Option<Arc<OsStr>> {
         self.catalog.tables.names.checked(id)
     }
+}
+
+fn directories(catalog: &Catalog) -> Directories {
+    let mut directories = Directories::new();
+    directories.insert(PathBuf::new(), BTreeSet::new());
+    let repositories = catalog.repositories.values().filter(|r| r.is_valid).map(|r| &r.name);
+    for directory in repositories.chain(&catalog.namespaces) {
+        directories.entry(directory.clone()).or_default();
+        for path in directory.ancestors() {
+            if let (Some(parent), Some(name)) = (path.parent(), path.file_name()) {
+                directories.entry(parent.to_path_buf()).or_default().insert(name.to_os_string());
+            }
+        }
+    }
+    directories
 }
 
 /// A snapshot with what is needed to answer from it.

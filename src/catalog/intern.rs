@@ -245,6 +245,26 @@ impl IdSet {
         self.0[at] |= bit;
         !was
     }
+
+    /// Takes `id` out.
+    pub fn remove(&mut self, id: DigestId) {
+        if let Some(word) = self.0.get_mut(id.index() / 64) {
+            *word &= !(1 << (id.index() % 64));
+        }
+    }
+
+    /// Those that are in one of the two and not in both.
+    pub fn difference<'a>(&'a self, other: &'a IdSet) -> impl Iterator<Item = DigestId> + 'a {
+        let word = |set: &IdSet, at: usize| set.0.get(at).copied().unwrap_or(0);
+        (0..self.0.len().max(other.0.len())).flat_map(move |at| {
+            let mut bits = word(self, at) ^ word(other, at);
+            std::iter::from_fn(move || {
+                let bit = (bits != 0).then(|| bits.trailing_zeros())?;
+                bits &= bits - 1;
+                Some(DigestId((at * 64) as u32 + bit))
+            })
+        })
+    }
 }
 
 impl<'a> Extend<&'a DigestId> for IdSet {

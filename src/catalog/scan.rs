@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use super::intern::{DigestId, IdSet, NameId};
-use super::{Aliases, Catalog, Effect, Keeps, Manifest, Problem, Repository, Revision, Tables, Tag};
+use super::{Aliases, Catalog, Effect, Keeps, Problem, Repository, Revision, Tables, Tag};
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Found, Result};
 use crate::layout;
@@ -93,52 +93,7 @@ fn scan_to(store: &dyn Store, tables: &Tables, previous: Option<&Catalog>, depth
     }
 }
 
-/// Looks at one repository again; everything else is as in `previous`.
-pub fn rescan(store: &dyn Store, previous: &Catalog, name: &Path) -> Catalog {
-    let mut scan = Scan::new(store, &previous.tables, Some(previous));
-    // It goes on being as old as the oldest look in it: that tells which links were at rest when they were read.
-    let mut catalog = previous.clone();
-    let own = [layout::MANIFESTS, layout::LAYERS, layout::UPLOADS];
-    let place = layout::repository(name);
-    let entries = match store.list(&place) {
-        Ok(Some(entries)) => entries,
-        Ok(None) => {
-            catalog.namespaces.remove(name);
-            Vec::new()
-        }
-        Err(e) => {
-            scan.failed(&place, &e, Effect::StopsSweep);
-            Vec::new()
-        }
-    };
-    if entries.iter().any(|e| own.iter().any(|own| e.name == *own)) {
-        let is_valid = name.components().all(|c| layout::is_name_component(c.as_os_str()));
-        scan.repository(name, is_valid);
-    }
-    let manifests = scan.manifests(&previous.present);
-    let Scan { problems, aliases, mut repositories, .. } = scan;
-    match repositories.remove(name) {
-        Some(repository) => drop(catalog.repositories.insert(name.to_path_buf(), Arc::new(repository))),
-        None => drop(catalog.repositories.remove(name)),
-    }
-    let is_news = |(id, m): (&DigestId, &Arc<Manifest>)| {
-        catalog.manifests.get(id).is_none_or(|known| !known.says_the_same_as(m))
-    };
-    if manifests.iter().any(is_news) {
-        Arc::make_mut(&mut catalog.manifests).extend(manifests);
-    }
-    if aliases.iter().any(|(id, targets)| catalog.aliases.get(id) != Some(targets)) {
-        Arc::make_mut(&mut catalog.aliases).extend(aliases);
-    }
-    let parts =
-        [layout::MANIFESTS, layout::LAYERS, layout::UPLOADS].map(|part| layout::repository(name).join(part));
-    catalog.problems.retain(|p| !parts.iter().any(|part| p.path.starts_with(part)));
-    catalog.problems.extend(problems);
-    sort(&mut catalog.problems);
-    catalog
-}
-
-fn sort(problems: &mut Vec<Problem>) {
+pub(super) fn sort(problems: &mut Vec<Problem>) {
     problems.sort_by(|a, b| a.path.cmp(&b.path).then_with(|| a.what.cmp(&b.what)));
     problems.dedup();
 }
@@ -149,9 +104,9 @@ pub(super) struct Scan<'a> {
     pub(super) previous: Option<&'a Catalog>,
     depth: Depth,
     pub(super) problems: Vec<Problem>,
-    aliases: Aliases,
+    pub(super) aliases: Aliases,
     pub(super) repositories: BTreeMap<PathBuf, Repository>,
-    namespaces: BTreeSet<PathBuf>,
+    pub(super) namespaces: BTreeSet<PathBuf>,
 }
 
 /// What stands in a link file.
@@ -163,7 +118,7 @@ enum Link {
 }
 
 impl<'a> Scan<'a> {
-    fn new(store: &'a dyn Store, tables: &'a Tables, previous: Option<&'a Catalog>) -> Scan<'a> {
+    pub(super) fn new(store: &'a dyn Store, tables: &'a Tables, previous: Option<&'a Catalog>) -> Scan<'a> {
         Scan {
             store,
             tables,
@@ -330,7 +285,7 @@ impl<'a> Scan<'a> {
     }
 
     /// Finds the repositories below a directory of `repositories`, and whether their names are valid.
-    fn namespace(&mut self, name: &Path, is_valid: bool, found: &mut Vec<(PathBuf, bool)>) {
+    pub(super) fn namespace(&mut self, name: &Path, is_valid: bool, found: &mut Vec<(PathBuf, bool)>) {
         if is_valid && !name.as_os_str().is_empty() {
             self.namespaces.insert(name.to_path_buf());
         }
@@ -376,7 +331,7 @@ impl<'a> Scan<'a> {
         }
     }
 
-    fn repository(&mut self, name: &Path, is_valid: bool) {
+    pub(super) fn repository(&mut self, name: &Path, is_valid: bool) {
         let keeps = if is_valid { Keeps::Named } else { Keeps::Everything };
         let mut repository =
             Repository { name: name.to_path_buf(), is_valid, keeps, ..Repository::default() };

@@ -21,6 +21,7 @@ use crate::fuse::mount::{self, MountOptions};
 use crate::store::Store;
 use crate::store::disk::Disk;
 use crate::view::Settings;
+use crate::watch::Watch;
 
 /// What the daemon says when the mount answers.
 const READY: &[u8] = b"ready\n";
@@ -122,12 +123,21 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
         mounted_at: SystemTime::now(),
     };
     let log_file = args.log_file.as_deref().map(open_log).transpose()?;
+    let registry = store.full(Path::new(""));
     let engine = Arc::new(Engine::new(Arc::new(store), settings)?);
+    match Watch::new(&registry) {
+        Ok(watch) => engine.watch(watch)?,
+        Err(e) => log::info!("the kernel does not tell what changes ({e}); looking at the storage instead"),
+    }
     let options = MountOptions { source: storage_root, mountpoint, read_only, allow_other: args.allow_other };
     let mounted = mount::mount(engine.clone(), &options)?;
     if args.daemon {
         detach(log_file)?;
     }
+    let keeping = engine.clone();
+    let kept = std::thread::Builder::new().name("cache".into()).spawn(move || keeping.keep_parsed());
+    // Only the next mount would have been quicker.
+    kept.map(drop).unwrap_or_else(|e| log::warn!("could not start a thread for the cache: {e}"));
     mounted.serve(&engine)?;
     Ok(Outcome::Done)
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::{Engine, LOCK_WAIT, locked};
 use crate::catalog::intern::NameId;
-use crate::catalog::scan::rescan;
+use crate::catalog::update::rescan;
 use crate::catalog::{Catalog, Repository};
 use crate::digest::Digest;
 use crate::edit::{self, Removal};
@@ -110,7 +110,7 @@ impl Engine {
                 let said =
                     result.as_ref().map_or_else(ToString::to_string, |_| "moved to the trash".to_string());
                 self.note(author, "rmdir", &shown, &said);
-                self.publish(result?, self.transactions());
+                self.publish(result?, self.transactions(), &[]);
                 Ok(())
             }
             _ => Err(refusal(parent)),
@@ -188,7 +188,7 @@ impl Engine {
             Ok(catalog) => (catalog, Ok(())),
             Err(e) => (rescan(&*self.store, &catalog, repository), Err(e)),
         };
-        self.publish(catalog, self.transactions());
+        self.publish(catalog, self.transactions(), &[]);
         result
     }
 

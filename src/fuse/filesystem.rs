@@ -1,15 +1,17 @@
 //! Answers the kernel from the engine.
 //!
 //! # Caching
-//! The kernel keeps nothing about names and attributes (all times to live are 0), so that it never shows what is
-//! gone; it keeps the pages of blobs, which never change.
+//! The kernel keeps the pages of blobs, which never change. It keeps names, attributes and listings of what lasts until
+//! it is told to forget ([`super::cache`]), if the engine is told of changes; otherwise, and of everything else,
+//! nothing, so that it never shows what is gone.
 //!
 //! # Consistency
-//! A directory is listed once, when it is opened: offsets stay valid while `rm -r` empties it. A generated file
-//! reads as it was when it was opened.
+//! A directory is listed once, when it is read from the start: offsets stay valid while `rm -r` empties it. What comes
+//! from a listing that is not the newest any more is not to be kept. A generated file reads as it was when it was
+//! opened.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,12 +19,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyData,
-    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
-    TimeOrNow, WriteFlags,
+    BackingId, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use super::cache::LASTING;
+use super::passthrough::Passthrough;
 use super::waiting;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -32,8 +36,10 @@ use crate::trash::Author;
 use crate::view::Snapshot;
 use crate::view::attributes::Attributes;
 use crate::view::node::{Node, Type};
+use crate::view::stale::is_lasting;
+use crate::view::tree::parse_reference;
 
-/// How long the kernel may believe us without asking again.
+/// How long the kernel may believe what it has to ask for anew.
 const TTL: Duration = Duration::ZERO;
 /// Longest command in bytes.
 const COMMAND_LIMIT: usize = 4096;
@@ -43,22 +49,37 @@ pub struct RegistryFilesystem {
     engine: Arc<Engine>,
     handles: Mutex<HashMap<u64, Handle>>,
     next_handle: AtomicU64,
+    passthrough: Passthrough,
 }
 
 /// What an open file or directory reads from.
 #[derive(Clone)]
 enum Handle {
-    Directory(Arc<[(std::ffi::OsString, Node, FileType)]>),
+    Directory(Option<Listing>),
     Text(Arc<[u8]>),
     /// Grows while it is open, so that `tail -f` sees what is added.
     Log,
     Bytes(Arc<dyn Reader>),
+    /// The kernel reads by itself as long as this is there.
+    Passthrough(#[expect(dead_code, reason = "it only has to live")] Arc<BackingId>),
+}
+
+/// A directory as it was read from the start.
+#[derive(Clone)]
+struct Listing {
+    of: Arc<Snapshot>,
+    entries: Arc<[(OsString, Node)]>,
 }
 
 impl RegistryFilesystem {
     /// A filesystem that shows what `engine` knows.
     pub fn new(engine: Arc<Engine>) -> RegistryFilesystem {
-        RegistryFilesystem { engine, handles: Mutex::default(), next_handle: AtomicU64::new(1) }
+        RegistryFilesystem {
+            engine,
+            handles: Mutex::default(),
+            next_handle: AtomicU64::new(1),
+            passthrough: Passthrough::default(),
+        }
     }
 
     fn handles(&self) -> MutexGuard<'_, HashMap<u64, Handle>> {
@@ -103,36 +124,64 @@ impl RegistryFilesystem {
         }
     }
 
-    fn find(&self, parent: INodeNo, name: &OsStr) -> Result<FileAttr> {
+    /// How long the kernel may believe what it is told of a node.
+    fn ttl(&self, snapshot: &Snapshot, node: Node) -> Duration {
+        if self.engine.is_watching() && is_lasting(snapshot, node) { LASTING } else { TTL }
+    }
+
+    /// What `name` in a directory is; without attributes, when there is no such name and the kernel may believe that.
+    fn find(&self, parent: INodeNo, name: &OsStr) -> Result<(Option<FileAttr>, Duration)> {
         let missing = || Error::NotFound { what: name.display().to_string() };
         let parent = Node::of_inode(parent.0).ok_or_else(missing)?;
         let snapshot = self.engine.snapshot();
-        let node = self.engine.view(&snapshot).lookup(parent, name)?.ok_or_else(missing)?;
-        self.attributes(&snapshot, node)?.ok_or_else(missing)
+        let node = self.engine.view(&snapshot).lookup(parent, name)?;
+        let attributes = match node {
+            Some(node) => self.attributes(&snapshot, node)?.map(|attr| (attr, self.ttl(&snapshot, node))),
+            None => None,
+        };
+        match attributes {
+            Some((attr, ttl)) => Ok((Some(attr), ttl)),
+            // An image reference is not listed, so nobody is told when it comes to mean something.
+            None if parse_reference(name).is_none() && self.ttl(&snapshot, parent) > TTL => {
+                Ok((None, LASTING))
+            }
+            None => Err(missing()),
+        }
     }
 
-    fn stat(&self, inode: INodeNo) -> Result<FileAttr> {
-        let missing = || Error::NotFound { what: format!("inode {inode}") };
-        let node = Node::of_inode(inode.0).ok_or_else(missing)?;
-        self.attributes(&self.engine.snapshot(), node)?.ok_or_else(missing)
-    }
-
-    fn list(&self, inode: INodeNo) -> Result<Handle> {
+    fn stat(&self, inode: INodeNo) -> Result<(FileAttr, Duration)> {
         let missing = || Error::NotFound { what: format!("inode {inode}") };
         let node = Node::of_inode(inode.0).ok_or_else(missing)?;
         let snapshot = self.engine.snapshot();
-        let view = self.engine.view(&snapshot);
-        let listed = view.list(node)?.ok_or_else(missing)?;
+        let attr = self.attributes(&snapshot, node)?.ok_or_else(missing)?;
+        Ok((attr, self.ttl(&snapshot, node)))
+    }
+
+    fn list(&self, inode: INodeNo) -> Result<Listing> {
+        let missing = || Error::NotFound { what: format!("inode {inode}") };
+        let node = Node::of_inode(inode.0).ok_or_else(missing)?;
+        let snapshot = self.engine.snapshot();
+        let listed = self.engine.view(&snapshot).list(node)?.ok_or_else(missing)?;
         let mut entries = Vec::with_capacity(listed.len() + 2);
-        entries.push((".".into(), node, FileType::Directory));
+        entries.push((".".into(), node));
         // The kernel knows the way up by itself; the number only has to be there.
-        entries.push(("..".into(), Node::Root, FileType::Directory));
-        for (name, node) in listed {
-            if let Some(node_type) = view.type_of(node)? {
-                entries.push((name, node, file_type(node_type)));
-            }
+        entries.push(("..".into(), Node::Root));
+        entries.extend(listed);
+        Ok(Listing { of: snapshot, entries: entries.into() })
+    }
+
+    /// The listing that a read at `offset` goes on with; a new one at the start.
+    fn listing(&self, inode: INodeNo, handle: FileHandle, offset: u64) -> Result<Listing> {
+        if offset > 0
+            && let Some(Handle::Directory(Some(listing))) = self.handle(handle)
+        {
+            return Ok(listing);
         }
-        Ok(Handle::Directory(entries.into()))
+        let listing = self.list(inode)?;
+        if let Some(open) = self.handles().get_mut(&handle.0) {
+            *open = Handle::Directory(Some(listing.clone()));
+        }
+        Ok(listing)
     }
 
     fn target(&self, inode: INodeNo) -> Result<std::path::PathBuf> {
@@ -253,22 +302,35 @@ fn errno(error: &Error) -> Errno {
 impl Filesystem for RegistryFilesystem {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         // Refused means not offered by this kernel; everything works without, only slower.
-        if let Err(refused) = config.add_capabilities(InitFlags::FUSE_PARALLEL_DIROPS) {
-            log::debug!("the kernel does not offer {refused:?}");
+        let mut add = |flag: InitFlags| match config.add_capabilities(flag) {
+            Ok(()) => true,
+            Err(refused) => {
+                log::info!("the kernel does not offer {refused:?}");
+                false
+            }
+        };
+        add(InitFlags::FUSE_PARALLEL_DIROPS);
+        add(InitFlags::FUSE_DO_READDIRPLUS);
+        add(InitFlags::FUSE_CACHE_SYMLINKS);
+        // Blobs may lie on a filesystem that is itself made of others.
+        if add(InitFlags::FUSE_PASSTHROUGH) && config.set_max_stack_depth(2).is_ok() {
+            self.passthrough.is_offered();
         }
         Ok(())
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match guarded(|| self.find(parent, name)) {
-            Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
+            Ok((Some(attr), ttl)) => reply.entry(&ttl, &attr, Generation(0)),
+            // Number 0 is "no such name", and may be kept as long.
+            Ok((None, ttl)) => reply.entry(&ttl, &NOTHING, Generation(0)),
             Err(e) => reply.error(errno(&e)),
         }
     }
 
     fn getattr(&self, _request: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
         match guarded(|| self.stat(inode)) {
-            Ok(attr) => reply.attr(&TTL, &attr),
+            Ok((attr, ttl)) => reply.attr(&ttl, &attr),
             Err(e) => reply.error(errno(&e)),
         }
     }
@@ -295,7 +357,7 @@ impl Filesystem for RegistryFilesystem {
         let is_command = Node::of_inode(inode.0).is_some_and(|node| self.engine.is_command(node));
         let only_truncates = size.is_some() && mode.is_none() && uid.is_none() && gid.is_none();
         match guarded(|| self.stat(inode)) {
-            Ok(attr) if is_command && only_truncates && !self.engine.settings().read_only => {
+            Ok((attr, _)) if is_command && only_truncates && !self.engine.settings().read_only => {
                 reply.attr(&TTL, &attr);
             }
             Ok(_) => reply.error(Errno::EROFS),
@@ -312,7 +374,19 @@ impl Filesystem for RegistryFilesystem {
 
     fn open(&self, _request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         match guarded(|| self.open_file(inode, flags.acc_mode())) {
-            Ok((handle, flags)) => reply.opened(self.open_handle(handle), flags),
+            Ok((handle, flags)) => {
+                let file = match &handle {
+                    Handle::Bytes(reader) if Node::of_inode(inode.0).is_some_and(is_blob) => reader.file(),
+                    _ => None,
+                };
+                match file.and_then(|file| self.passthrough.number(inode, file, &reply)) {
+                    Some(number) => {
+                        let handle = self.open_handle(Handle::Passthrough(number.clone()));
+                        reply.opened_passthrough(handle, FopenFlags::FOPEN_NOFLUSH, &number);
+                    }
+                    None => reply.opened(self.open_handle(handle), flags),
+                }
+            }
             Err(e) => reply.error(errno(&e)),
         }
     }
@@ -345,7 +419,7 @@ impl Filesystem for RegistryFilesystem {
                     reply.error(e.into());
                 }
             },
-            Some(Handle::Directory(_)) | None => reply.error(Errno::EBADF),
+            Some(Handle::Directory(_) | Handle::Passthrough(_)) | None => reply.error(Errno::EBADF),
         }
     }
 
@@ -407,30 +481,68 @@ impl Filesystem for RegistryFilesystem {
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match guarded(|| self.list(inode)) {
-            Ok(handle) => reply.opened(self.open_handle(handle), FopenFlags::empty()),
-            Err(e) => reply.error(errno(&e)),
-        }
+        let ttl = match Node::of_inode(inode.0) {
+            Some(node) => self.ttl(&self.engine.snapshot(), node),
+            None => return reply.error(Errno::ENOENT),
+        };
+        let flags = match ttl {
+            TTL => FopenFlags::empty(),
+            _ => FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
+        };
+        reply.opened(self.open_handle(Handle::Directory(None)), flags);
     }
 
     fn readdir(
         &self,
         _request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         handle: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let Some(Handle::Directory(entries)) = self.handle(handle) else {
-            return reply.error(Errno::EBADF);
-        };
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (at, (name, node, kind)) in entries.iter().enumerate().skip(start) {
-            if reply.add(INodeNo(node.inode()), at as u64 + 1, *kind, name) {
-                break;
+        let read = || {
+            let listing = self.listing(inode, handle, offset)?;
+            let view = self.engine.view(&listing.of);
+            for (at, (name, node)) in from(&listing, offset) {
+                let Some(node_type) = view.type_of(*node)? else { continue };
+                if reply.add(INodeNo(node.inode()), at, file_type(node_type), name) {
+                    break;
+                }
             }
+            Ok(())
+        };
+        match guarded(read) {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(errno(&e)),
         }
-        reply.ok();
+    }
+
+    fn readdirplus(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let read = || {
+            let listing = self.listing(inode, handle, offset)?;
+            let snapshot = self.engine.snapshot();
+            // Names of an older listing may be gone, and nobody will say so again.
+            let is_newest = Arc::ptr_eq(&snapshot, &listing.of);
+            for (at, (name, node)) in from(&listing, offset) {
+                let Some(attr) = self.attributes(&snapshot, *node)? else { continue };
+                let ttl = if is_newest { self.ttl(&snapshot, *node) } else { TTL };
+                if reply.add(INodeNo(node.inode()), at, name, &ttl, &attr, Generation(0)) {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        match guarded(read) {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(errno(&e)),
+        }
     }
 
     fn releasedir(
@@ -567,6 +679,35 @@ impl Filesystem for RegistryFilesystem {
         }
     }
 }
+
+/// The entries from `offset` on, each with the offset behind it.
+fn from(listing: &Listing, offset: u64) -> impl Iterator<Item = (u64, &(OsString, Node))> {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    listing.entries.iter().enumerate().skip(start).map(|(at, entry)| (at as u64 + 1, entry))
+}
+
+fn is_blob(node: Node) -> bool {
+    matches!(node, Node::Blob(_))
+}
+
+/// What a name that is not there is: the kernel looks at nothing but the number.
+const NOTHING: FileAttr = FileAttr {
+    ino: INodeNo(0),
+    size: 0,
+    blocks: 0,
+    atime: SystemTime::UNIX_EPOCH,
+    mtime: SystemTime::UNIX_EPOCH,
+    ctime: SystemTime::UNIX_EPOCH,
+    crtime: SystemTime::UNIX_EPOCH,
+    kind: FileType::RegularFile,
+    perm: 0,
+    nlink: 0,
+    uid: 0,
+    gid: 0,
+    rdev: 0,
+    blksize: 0,
+    flags: 0,
+};
 
 /// Reads `size` bytes at `offset`, fewer only at the end of the file.
 fn read_full(reader: &dyn Reader, offset: u64, size: usize) -> std::io::Result<Vec<u8>> {

@@ -19,6 +19,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::iterator::Signals;
 
+use super::cache::Forgetting;
 use super::filesystem::RegistryFilesystem;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -55,13 +56,14 @@ pub struct Mounted {
 pub fn mount(engine: Arc<Engine>, options: &MountOptions) -> Result<Mounted> {
     let mountpoint = &options.mountpoint;
     clear_mountpoint(mountpoint)?;
-    let filesystem = RegistryFilesystem::new(engine);
+    let filesystem = RegistryFilesystem::new(engine.clone());
     // Before the mount: whoever is told to end from now on must not leave a dead one.
     let signals = Signals::new(TERM_SIGNALS).map_err(|e| Error::io("wait for signals for", mountpoint, e))?;
     let session = match rustix::process::geteuid().is_root() {
         true => mount_directly(filesystem, options)?,
         false => mount_through_helper(filesystem, options)?,
     };
+    engine.set_listener(Arc::new(Forgetting::start(session.notifier())?));
     let serve = move || session.run();
     let session = std::thread::Builder::new().name("session".into()).spawn(serve);
     let session = session.map_err(|e| Error::io("serve", mountpoint, e))?;

@@ -21,7 +21,7 @@ pub struct Attributes {
     pub size: u64,
     /// Blocks of 512 bytes that it takes on the disk: what is made up takes none.
     pub blocks: u64,
-    /// When it was written; of a tag, when it was pushed; of garbage, from when on a sweep may take it.
+    /// When it was written; of a tag and of a manifest, when it was last pushed; of garbage, from when on a sweep may take it.
     pub modified: SystemTime,
     /// Permissions.
     pub mode: u16,
@@ -77,6 +77,9 @@ impl View<'_> {
         // A single link says "garbage", which nobody can say while something can't be judged.
         let least = if self.snapshot.is_judged() { 1 } else { 2 };
         let links = self.snapshot.mark().references(id).saturating_add(1).max(least);
+        if let Some(attributes) = self.manifest_blob(id, links, plain) {
+            return Ok(Some(attributes));
+        }
         let stat = match self.store.stat(&layout::blob_data(&digest)) {
             Ok(stat) => stat,
             // Shown as an empty file, so that a revision whose bytes are hidden can be removed.
@@ -96,6 +99,16 @@ impl View<'_> {
         let eligible = self.snapshot.candidate(self.store, id).map(|c| policy.eligible_at(c.last_used));
         let modified = eligible.unwrap_or(stat.modified);
         Ok(Some(Attributes { size: stat.size, blocks: stat.blocks, modified, links, ..plain }))
+    }
+
+    /// A manifest that a repository has: what is known of it spares a look at the disk for each of many thousands. Its
+    /// time is that of its last push.
+    fn manifest_blob(&self, id: DigestId, links: u32, plain: Attributes) -> Option<Attributes> {
+        let parsed = self.snapshot.catalog.parsed(id).filter(|_| self.snapshot.catalog.has_blob(id))?;
+        let modified = self.snapshot.pushed_at(id)?;
+        let size = u64::from(parsed.size);
+        // Filesystems give out space by 4 KiB.
+        Some(Attributes { size, blocks: size.div_ceil(4096) * 8, modified, links, ..plain })
     }
 
     fn trashed_attributes(&self, path: NameId, plain: Attributes) -> Result<Option<Attributes>> {
@@ -154,7 +167,8 @@ impl View<'_> {
             let tags = r.tags.iter().map(|t| t.version);
             tags.chain(r.revisions.iter().map(|r| r.version)).map(|v| v.modified())
         });
-        let modified = pushes.max().unwrap_or(plain.modified);
+        let changed = self.snapshot.changed_at(node);
+        let modified = pushes.chain(changed).max().unwrap_or(plain.modified);
         Ok(Some(Attributes { mode, modified, links: 2, ..plain }))
     }
 }

@@ -1,0 +1,174 @@
+//! How the engine learns what changed in the storage.
+//!
+//! With a [`Watch`] the kernel tells, and an update looks only where something changed; answers are then always
+//! from memory. Without, whoever looks at the tree gets a snapshot that is at most a second old, or twenty times as
+//! old as a look at the storage takes, so that looking never costs more than a twentieth of the time.
+//!
+//! What a watch can't see (another machine that writes to the same storage) a whole look finds, now and then.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, Weak};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{Engine, Looked, Open, locked};
+use crate::catalog::scan::scan;
+use crate::catalog::update::update;
+use crate::error::{Error, Result};
+use crate::view::Snapshot;
+use crate::view::stale::Stale;
+use crate::watch::{Changes, Watch};
+
+/// How old a look at the storage may be where nothing tells of changes.
+const FRESH: Duration = Duration::from_secs(1);
+/// How much older it may be than it takes.
+pub(super) const COST_FACTOR: u32 = 20;
+/// How often everything is looked at although the kernel tells of changes.
+const WHOLE_LOOK: Duration = Duration::from_secs(600);
+/// How long more events are waited for after one: a push makes dozens within a moment.
+const SETTLES: Duration = Duration::from_millis(10);
+/// How often a thread asks whether it is still needed.
+const STILL_NEEDED: Duration = Duration::from_millis(500);
+
+/// Who remembers parts of the tree, and must hear what is not so any more.
+pub trait Listener: Send + Sync {
+    /// Called after the snapshot that says otherwise was published; returns at once.
+    fn forget(&self, stale: Stale);
+
+    /// Waits until everything that was passed to [`Listener::forget`] is forgotten, but not for long.
+    fn settle(&self);
+}
+
+impl Engine {
+    /// Lets the kernel tell what changes. Fails where it can't: everything works without, less freshly.
+    pub fn watch(self: &Arc<Engine>, watch: Watch) -> Result<()> {
+        let error = |e| Error::io("watch", &self.store.full(std::path::Path::new("")), e);
+        let engine = Arc::downgrade(self);
+        let events = watch.events().try_clone_to_owned().map_err(error)?;
+        *locked(&self.watch) = Some(watch);
+        // What changed between the first look and this.
+        self.refresh_whole(&mut locked(&self.changing));
+        let watching = move || watching(&engine, &events);
+        std::thread::Builder::new().name("watch".into()).spawn(watching).map_err(error)?;
+        Ok(())
+    }
+
+    /// Whether changes are told by the kernel.
+    pub fn is_watching(&self) -> bool {
+        locked(&self.watch).is_some()
+    }
+
+    /// Tells `listener` from now on what changed.
+    pub fn set_listener(&self, listener: Arc<dyn Listener>) {
+        *locked(&self.listener) = Some(listener);
+    }
+
+    pub(super) fn listener(&self) -> Option<Arc<dyn Listener>> {
+        locked(&self.listener).clone()
+    }
+
+    /// The registry as it is, by a look that is fresh enough.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        let (age, cost) = {
+            let looked = locked(&self.looked);
+            (looked.at.elapsed(), looked.cost)
+        };
+        if age > FRESH.max(cost * COST_FACTOR)
+            && !self.is_watching()
+            && let Ok(mut changing) = self.changing.try_lock()
+        {
+            self.refresh_whole(&mut changing);
+        }
+        self.current()
+    }
+
+    /// Brings the snapshot up to date now, and waits until nobody remembers otherwise.
+    pub fn refresh_now(&self) {
+        self.refresh(&mut locked(&self.changing));
+        if let Some(listener) = self.listener() {
+            listener.settle();
+        }
+    }
+
+    /// Looks where something changed, or everywhere where nobody tells.
+    fn refresh(&self, changing: &mut MutexGuard<'_, Option<Open>>) {
+        let changes = locked(&self.watch).as_mut().map(Watch::changes);
+        match changes {
+            Some(Ok(changes)) => self.take_in(&changes, changing),
+            Some(Err(e)) => {
+                self.failed(&format!("the kernel no longer tells what changes ({e}); looking instead"));
+                *locked(&self.watch) = None;
+                if let Some(listener) = self.listener() {
+                    listener.forget(Stale { everything: true, ..Stale::default() });
+                }
+                self.refresh_whole(changing);
+            }
+            None => self.refresh_whole(changing),
+        }
+    }
+
+    fn take_in(&self, changes: &Changes, changing: &mut MutexGuard<'_, Option<Open>>) {
+        let is_due = self.is_heal_due.load(Ordering::SeqCst);
+        if changes.is_empty() && !is_due {
+            return;
+        }
+        let before = self.current();
+        let Some(catalog) = update(&*self.store, &before.catalog, changes) else {
+            return self.refresh_whole(changing);
+        };
+        let ids = if changes.trash { self.transactions() } else { before.trash.clone() };
+        // Where nothing else is different, bytes may still have come or gone in a directory that stays.
+        let is_same = ids == before.trash && changes.blobs.is_empty() && {
+            Arc::ptr_eq(&catalog.manifests, &before.catalog.manifests)
+                && catalog.says_the_same_as(&before.catalog)
+        };
+        let blobs: Vec<_> =
+            changes.blobs.iter().filter_map(|digest| catalog.tables.digests.find(digest)).collect();
+        self.heal_and_publish(catalog, ids, is_same, &blobs);
+    }
+
+    /// Looks at everything that may have changed.
+    pub(super) fn refresh_whole(&self, _changing: &mut MutexGuard<'_, Option<Open>>) {
+        let began = Instant::now();
+        // What is told of until now, this look sees.
+        if let Some(Err(e)) = locked(&self.watch).as_mut().map(Watch::changes) {
+            self.failed(&e.to_string());
+        }
+        let before = self.current();
+        let catalog = scan(&*self.store, &self.tables, Some(&before.catalog));
+        let ids = self.transactions();
+        let is_same = ids == before.trash && catalog.says_the_same_as(&before.catalog);
+        self.heal_and_publish(catalog, ids, is_same, &[]);
+        *locked(&self.looked) = Looked { at: Instant::now(), cost: began.elapsed() };
+    }
+}
+
+/// Follows the events of the kernel as long as there is an engine.
+fn watching(engine: &Weak<Engine>, events: &std::os::fd::OwnedFd) {
+    let timeout = Timespec { tv_sec: 0, tv_nsec: STILL_NEEDED.subsec_nanos().into() };
+    loop {
+        let mut fds = [PollFd::new(events, PollFlags::IN)];
+        let ready = poll(&mut fds, Some(&timeout));
+        let Some(engine) = engine.upgrade() else { return };
+        if !engine.is_watching() {
+            return;
+        }
+        let is_old = locked(&engine.looked).at.elapsed() > WHOLE_LOOK;
+        match ready {
+            _ if is_old => engine.refresh_whole(&mut locked(&engine.changing)),
+            Ok(0) if !engine.is_heal_due.load(Ordering::SeqCst) => {}
+            Ok(0) => engine.refresh(&mut locked(&engine.changing)),
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => {
+                std::thread::sleep(SETTLES);
+                engine.refresh(&mut locked(&engine.changing));
+            }
+            Err(e) => {
+                engine.failed(&format!("could not wait for changes: {e}"));
+                *locked(&engine.watch) = None;
+                return;
+            }
+        }
+    }
+}

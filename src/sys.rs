@@ -1,0 +1,79 @@
+//! Calls of Linux that no crate of ours wraps: events of a whole filesystem with names (fanotify), and directories by
+//! their handles.
+//!
+//! The only module with `unsafe` code.
+#![allow(unsafe_code, reason = "see above; each block says why it is sound")]
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// Longest handle of a directory, with the eight bytes in front of it (`MAX_HANDLE_SZ`).
+const LONGEST_HANDLE: usize = 8 + libc::MAX_HANDLE_SZ as usize;
+
+/// What is reported: names that come and go, and files that were written.
+const EVENTS: u64 = libc::FAN_CREATE
+    | libc::FAN_DELETE
+    | libc::FAN_MOVED_FROM
+    | libc::FAN_MOVED_TO
+    | libc::FAN_CLOSE_WRITE
+    | libc::FAN_ONDIR;
+
+/// Events of the filesystem that `directory` lies on, to be read without waiting. For root only.
+///
+/// Each tells the directory as a handle, and a name in it.
+pub(crate) fn filesystem_events(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = libc::FAN_CLASS_NOTIF | libc::FAN_REPORT_DFID_NAME | libc::FAN_CLOEXEC | libc::FAN_NONBLOCK;
+    // SAFETY: takes no pointers.
+    let fd = unsafe { libc::fanotify_init(flags, (libc::O_RDONLY | libc::O_CLOEXEC) as libc::c_uint) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call gave a new descriptor that nobody else has.
+    let events = unsafe { OwnedFd::from_raw_fd(fd) };
+    let here: &CStr = c".";
+    // SAFETY: both descriptors are open, and the path is a string that ends in a zero and outlives the call.
+    let marked = unsafe {
+        libc::fanotify_mark(
+            events.as_raw_fd(),
+            libc::FAN_MARK_ADD | libc::FAN_MARK_FILESYSTEM,
+            EVENTS,
+            directory.as_raw_fd(),
+            here.as_ptr(),
+        )
+    };
+    if marked < 0 { Err(io::Error::last_os_error()) } else { Ok(events) }
+}
+
+/// Opens a directory by its handle (`struct file_handle`: length, type, bytes), as events carry it; `filesystem` is
+/// any directory on the same filesystem.
+pub(crate) fn open_by_handle(filesystem: BorrowedFd<'_>, handle: &[u8]) -> io::Result<OwnedFd> {
+    // The kernel reads two numbers and then as many bytes as the first one says.
+    let mut aligned = [0u64; LONGEST_HANDLE.div_ceil(8)];
+    let is_whole = handle.len() >= 8
+        && handle.len() <= LONGEST_HANDLE
+        && usize::try_from(u32::from_ne_bytes([handle[0], handle[1], handle[2], handle[3]]))
+            .is_ok_and(|length| length == handle.len() - 8);
+    if !is_whole {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    for (to, from) in aligned.iter_mut().zip(handle.chunks(8)) {
+        let mut bytes = [0; 8];
+        bytes[..from.len()].copy_from_slice(from);
+        *to = u64::from_ne_bytes(bytes);
+    }
+    // SAFETY: `aligned` is aligned for the two numbers, as long as they say (checked above), and outlives the call.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_open_by_handle_at,
+            filesystem.as_raw_fd(),
+            aligned.as_mut_ptr(),
+            libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC,
+        )
+    };
+    match libc::c_int::try_from(fd) {
+        // SAFETY: the call gave a new descriptor that nobody else has.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
