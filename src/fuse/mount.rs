@@ -111,7 +111,9 @@ impl Mounted {
 /// Makes sure that we can mount there: takes away the dead mount of a regfs that was killed.
 fn clear_mountpoint(mountpoint: &Path) -> Result<()> {
     let is_ours = is_mounted(mountpoint)?;
-    match std::fs::metadata(mountpoint) {
+    // The kernel may remember what a dead one looked like, but not how much space it had.
+    let answers = rustix::fs::statfs(mountpoint).map_err(std::io::Error::from);
+    match answers.and_then(|_| std::fs::metadata(mountpoint)) {
         Err(e) if is_dead(&e) && is_ours => {
             log::info!("{} is the dead mount of a regfs that was killed; replacing it", mountpoint.display());
             unmount_lazily(mountpoint)
