@@ -155,6 +155,8 @@ impl Stale {
             if old.is_some() != new.is_some() {
                 self.name_in(Node::Tags(pair.id), pair.name(*name));
             }
+            // A rename onto a tag leaves the node of another one under its name.
+            self.names.insert((Node::Tags(pair.id), pair.name(*name)));
             self.contents.extend([Node::Tag(*name, pair.id), Node::TagReference(*name, pair.id)]);
         }
     }
@@ -206,11 +208,14 @@ impl Pair<'_> {
     }
 }
 
+/// A name, and the repository as it was and as it is.
+type Change<'a> = (&'a Path, Option<&'a Arc<Repository>>, Option<&'a Arc<Repository>>);
+
 /// Repositories that are not the same in both, in order of their names.
 fn changed<'a>(
     old: &'a BTreeMap<PathBuf, Arc<Repository>>,
     new: &'a BTreeMap<PathBuf, Arc<Repository>>,
-) -> Vec<(&'a Path, Option<&'a Arc<Repository>>, Option<&'a Arc<Repository>>)> {
+) -> Vec<Change<'a>> {
     let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
     let mut changed = Vec::new();
     loop {
