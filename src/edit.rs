@@ -1,4 +1,5 @@
-//! What `rm` means: which tags and manifests go, decided from a catalog; and taking them.
+//! What `rm` means: which tags and manifests go, decided from a catalog; and taking them. Tags that are made or moved
+//! are the business of [`tag`].
 //!
 //! # Rules kept here
 //! 1. A tag takes its manifest along when nothing else in the repository holds that: no other tag, no index that
@@ -7,6 +8,8 @@
 //! 2. A manifest takes every tag that points at it along, and nothing else, as the registry's own DELETE does.
 //!    While an index of the repository holds it, it stays.
 //! 3. Taking goes tag → revision. What turns out to have changed meanwhile is put back as it was.
+
+pub mod tag;
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;

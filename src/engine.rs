@@ -14,6 +14,7 @@
 pub mod fresh;
 mod journal;
 mod remove;
+mod retag;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};

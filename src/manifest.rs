@@ -105,6 +105,14 @@ pub fn is_manifest_type(media_type: &str) -> bool {
     Kind::of_media_type(media_type).is_some()
 }
 
+/// Whether `media_type` is that of a layer which a registry need not have: clients fetch it elsewhere.
+///
+/// Source: distribution `manifest/schema2`, `MediaTypeForeignLayer`; OCI image-spec 1.0, `layer.md`.
+pub fn is_foreign_layer(media_type: &str) -> bool {
+    media_type == "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
+        || media_type.starts_with("application/vnd.oci.image.layer.nondistributable.v1.tar")
+}
+
 /// Reads a manifest.
 ///
 /// # Errors

@@ -789,7 +789,7 @@ fn what_cannot_be_changed_is_refused() {
         assert!([libc::EROFS, libc::EPERM].contains(&code), "rm {file}: errno {code}");
     }
     assert_eq!(errno(fs::write(mount.path("images/new"), "x")), libc::EROFS);
-    assert_eq!(errno(fs::create_dir(mount.path("images/new"))), libc::EROFS);
+    assert_eq!(errno(fs::create_dir(mount.path("blobs/new"))), libc::EROFS);
     assert_eq!(errno(fs::OpenOptions::new().append(true).open(mount.path(&blob))), libc::EROFS);
     assert_eq!(errno(fs::rename(mount.path(&blob), mount.path("images/blob"))), libc::EROFS);
     // rm -r of everything that is not to be removed does not remove it.
@@ -810,6 +810,11 @@ fn a_read_only_mount_changes_nothing() {
     let mount = Mount::with(&registry.store(), &["--read-only"]);
     assert_eq!(errno(fs::remove_file(mount.path("images/alpine/_tags/3.8"))), libc::EROFS);
     assert_eq!(errno(fs::remove_file(mount.path("images/alpine:3.8"))), libc::EROFS);
+    let tags = mount.path("images/alpine/_tags");
+    let target = fs::read_link(tags.join("3.8")).unwrap();
+    assert_eq!(errno(std::os::unix::fs::symlink(target, tags.join("new"))), libc::EROFS);
+    assert_eq!(errno(fs::rename(tags.join("3.8"), tags.join("new"))), libc::EROFS);
+    assert_eq!(errno(fs::create_dir(mount.path("images/new"))), libc::EROFS);
     assert_eq!(errno(mount.control("gc", "sweep now grace=0")), libc::EROFS);
     assert_eq!(mount.single_links(), BTreeSet::from([sha256(b"garbage")]));
     mount.unmount();

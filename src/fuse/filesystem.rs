@@ -10,6 +10,8 @@
 //! from a listing that is not the newest any more is not to be kept. A generated file reads as it was when it was
 //! opened.
 
+mod changes;
+
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -231,14 +233,10 @@ impl RegistryFilesystem {
     ) {
         let Some(parent) = Node::of_inode(parent.0) else { return reply.error(Errno::ENOENT) };
         let (engine, name) = (self.engine.clone(), name.to_os_string());
-        let run = move || match guarded(|| act(&engine, parent, &name)) {
+        changes::in_background(move || match guarded(|| act(&engine, parent, &name)) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(errno(&e)),
-        };
-        // Without a thread the reply is dropped, which fuser answers with EIO.
-        if let Err(e) = std::thread::Builder::new().name("change".into()).spawn(run) {
-            log::error!("could not start a thread for a change: {e}");
-        }
+        });
     }
 
     /// The file in the store that a node shows.
@@ -356,8 +354,17 @@ impl Filesystem for RegistryFilesystem {
         // `echo x > file` truncates before it writes; a command file has nothing to truncate.
         let is_command = Node::of_inode(inode.0).is_some_and(|node| self.engine.is_command(node));
         let only_truncates = size.is_some() && mode.is_none() && uid.is_none() && gid.is_none();
+        // `cp -a` gives its copy the owner, which it has, and the times, in the place of which a tag has its push's.
+        let is_tag = matches!(Node::of_inode(inode.0), Some(Node::Tag(..) | Node::TagReference(..)));
+        let changes_nothing = |attr: &FileAttr| {
+            let has_owner = uid.is_none_or(|uid| uid == attr.uid) && gid.is_none_or(|gid| gid == attr.gid);
+            is_tag && has_owner && size.is_none() && mode.is_none()
+        };
         match guarded(|| self.stat(inode)) {
-            Ok((attr, _)) if is_command && only_truncates && !self.engine.settings().read_only => {
+            Ok((attr, _))
+                if (is_command && only_truncates || changes_nothing(&attr))
+                    && !self.engine.settings().read_only =>
+            {
                 reply.attr(&TTL, &attr);
             }
             Ok(_) => reply.error(Errno::EROFS),
@@ -567,6 +574,46 @@ impl Filesystem for RegistryFilesystem {
         self.change(parent, name, reply, move |engine, parent, name| engine.rmdir(parent, name, &author));
     }
 
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let (author, text) = (author(request, "ln"), target.to_path_buf());
+        self.make(parent, name, reply, move |engine, parent, name| {
+            engine.symlink(parent, name, &text, &author)
+        });
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let author = author(request, "mkdir");
+        self.make(parent, name, reply, move |engine, parent, name| engine.mkdir(parent, name, &author));
+    }
+
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let Some(new_parent) = Node::of_inode(new_parent.0) else { return reply.error(Errno::ENOENT) };
+        if !RenameFlags::RENAME_NOREPLACE.contains(flags) {
+            return reply.error(Errno::EINVAL);
+        }
+        let (author, new_name) = (author(request, "mv"), new_name.to_os_string());
+        self.change(parent, name, reply, move |engine, parent, name| {
+            engine.rename((parent, name), (new_parent, &new_name), flags.is_empty(), &author)
+        });
+    }
+
     // Everything below is read-only, said in the errno that each tool explains best: never EXDEV, after which
     // `mv` would copy and delete.
 
@@ -583,43 +630,7 @@ impl Filesystem for RegistryFilesystem {
         reply.error(Errno::EROFS);
     }
 
-    fn mkdir(
-        &self,
-        _request: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _mode: u32,
-        _umask: u32,
-        reply: ReplyEntry,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn symlink(
-        &self,
-        _request: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _target: &Path,
-        reply: ReplyEntry,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
     fn link(&self, _request: &Request, _inode: INodeNo, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn rename(
-        &self,
-        _request: &Request,
-        _parent: INodeNo,
-        _name: &OsStr,
-        _new_parent: INodeNo,
-        _new_name: &OsStr,
-        _flags: RenameFlags,
-        reply: ReplyEmpty,
-    ) {
         reply.error(Errno::EROFS);
     }
 

@@ -142,7 +142,12 @@ impl View<'_> {
                 _ => {}
             }
         }
-        match self.snapshot.directory(&path)?.contains(name) {
+        let children = self.snapshot.directory(&path)?;
+        // Not listed, but what may become a repository can be given a tag.
+        if name == TAGS && !path.as_os_str().is_empty() {
+            return Some(Node::Tags(self.snapshot.name_id(&path)));
+        }
+        match children.contains(name) {
             true => Some(Node::Namespace(self.snapshot.name_id(&path.join(name)))),
             false => self.reference(&path, name),
         }
@@ -187,7 +192,12 @@ impl View<'_> {
             Node::Root => Some(self.root()),
             Node::Images => self.images(Path::new("")),
             Node::Namespace(path) => self.snapshot.path(path).and_then(|path| self.images(&path)),
-            Node::Tags(id) => self.repository(id).map(|r| self.tags(id, r)),
+            Node::Tags(id) => match self.repository(id) {
+                Some(repository) => Some(self.tags(id, repository)),
+                None => {
+                    self.snapshot.path(id).and_then(|p| self.snapshot.directory(&p)).map(|_| Entries::new())
+                }
+            },
             Node::Revisions(id) => self.repository(id).map(|r| {
                 let ids: Vec<DigestId> = r.revisions.iter().map(|revision| revision.digest).collect();
                 self.algorithms_of(&ids, |a| Node::RevisionsOf(a, id))
