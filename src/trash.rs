@@ -128,7 +128,7 @@ impl Transaction {
         store.rename(path, &self.path_of(path))
     }
 
-    /// The same with the directory around it where [`move_with_directory`] can. What was moved.
+    /// The same with the directory around it if nothing else is in that. What was moved.
     pub fn take_with_directory<'a>(&self, store: &dyn Store, path: &'a Path) -> Result<Option<&'a Path>> {
         move_with_directory(store, path, &self.path_of(path))
     }

@@ -2,7 +2,7 @@
 //!
 //! # Caching
 //! The kernel keeps the pages of blobs, which never change. It keeps names, attributes and listings of what lasts until
-//! it is told to forget ([`super::cache`]), if the engine is told of changes; otherwise, and of everything else,
+//! it is told to forget (`cache.rs`), if the engine is told of changes; otherwise, and of everything else,
 //! nothing, so that it never shows what is gone.
 //!
 //! # Consistency
