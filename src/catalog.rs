@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::digest::Digest;
+use crate::digest::{Algorithm, Digest};
 use crate::layout;
 use crate::manifest::{self, Kind};
 use crate::store::Version;
@@ -424,6 +424,16 @@ impl Catalog {
     /// Whether the blob has a directory in the store.
     pub fn has_blob(&self, id: DigestId) -> bool {
         self.present.contains(id)
+    }
+
+    /// The blobs of one directory like `blobs/sha256/ab`.
+    pub fn blobs_in(&self, algorithm: Algorithm, shard: u8) -> impl Iterator<Item = DigestId> {
+        let key = |id: &DigestId| {
+            let digest = self.digest(*id);
+            (digest.algorithm(), digest.as_bytes().first().copied().unwrap_or(0))
+        };
+        let start = self.blobs.partition_point(|id| key(id) < (algorithm, shard));
+        self.blobs[start..].iter().copied().take_while(move |id| key(id) == (algorithm, shard))
     }
 
     /// The blob that holds the bytes of `id`: itself, or what layer links say it is stored under.

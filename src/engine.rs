@@ -294,6 +294,13 @@ impl Engine {
         locked(&self.journal).add(author, action, what, result);
     }
 
+    /// The same of a change, with what it says or why it failed.
+    fn note_result(&self, author: &Author, action: &str, what: &str, result: Result<String>) -> Result<()> {
+        let said = result.as_ref().map_or_else(ToString::to_string, Clone::clone);
+        self.note(author, action, what, &said);
+        result.map(drop)
+    }
+
     fn failed(&self, why: &str) {
         log::warn!("{why}");
         locked(&self.reports).last_error = Some(why.to_string());

@@ -278,6 +278,11 @@ pub fn classify(path: &Path) -> Kind {
     kind.unwrap_or(Kind::Other)
 }
 
+/// Whether all of `name` may be the name of a repository, or the start of one.
+pub fn is_name(name: &Path) -> bool {
+    name.components().all(|c| is_name_component(c.as_os_str()))
+}
+
 /// Whether `component` may stand between the slashes of a repository name:
 /// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`.
 pub fn is_name_component(component: &OsStr) -> bool {

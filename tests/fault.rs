@@ -19,7 +19,7 @@ use common::image::{Image, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, bytes, descripto
 use memory::faulty::{Call, Fault, Faulty};
 use memory::{
     Contents, Live, TRASH, blobs, everything, layer_link, long_ago, old_store, put, put_blob, put_image,
-    put_tag, registry, tag_history_link, tag_link, trash,
+    put_sha512_image, put_tag, registry, tag_history_link, tag_link, trash,
 };
 use regfs::catalog::Tables;
 use regfs::engine::Engine;
@@ -85,20 +85,6 @@ fn rm(store: Arc<dyn Store>, reference: &str) -> Result<(), String> {
 
 fn command(store: Arc<dyn Store>, node: Node, text: &str) -> Result<(), String> {
     mounted(store)?.command(node, text, &author()).map_err(|e| e.to_string())
-}
-
-/// An image whose layer was pushed, and is named, under its sha512 digest.
-fn put_sha512_image(store: &Memory, name: &str, tag: Option<&str>, content: &str) -> String {
-    let (config, layer) = (b"{\"sha512\":1}".as_slice(), content.as_bytes());
-    let mut named = descriptor(OCI_LAYER, layer);
-    named["digest"] = json!(sha512(layer));
-    let manifest = bytes(&json!({
-        "schemaVersion": 2, "mediaType": OCI_MANIFEST,
-        "config": descriptor(OCI_CONFIG, config), "layers": [named],
-    }));
-    let image = Image::odd(OCI_MANIFEST, manifest, &[config, layer]);
-    put(store, layer_link(name, &sha512(layer)), sha256(layer).as_bytes());
-    put_image(store, name, tag, &image)
 }
 
 /// What registries and their clients leave behind.

@@ -11,12 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use common::check::{blob_path, hex, sha256, sha512};
-use common::image::{Image, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, bytes, descriptor, layer};
+use common::check::{blob_path, hex, sha256};
+use common::image::{Image, OCI_CONFIG, OCI_MANIFEST, bytes, descriptor, layer};
 use memory::faulty::{Fault, Faulty};
 use memory::{
-    Contents, Live, blobs, everything, layer_link, old_store, put, put_blob, put_image, put_tag, registry,
-    revision_link, tag_history_link, tag_link, trash,
+    Contents, Live, blobs, everything, layer_link, old_store, put, put_blob, put_image, put_sha512_image,
+    put_tag, registry, revision_link, tag_history_link, tag_link, trash,
 };
 use regfs::catalog::Tables;
 use regfs::engine::Engine;
@@ -91,20 +91,6 @@ fn multi() -> Image {
     Image::index(&[("amd64", &amd64), ("arm64", &arm64)])
 }
 
-/// An image whose layer was pushed, and is named, under its sha512 digest.
-fn put_sha512_image(store: &Memory, name: &str, tag: &str) -> String {
-    let (config, layer) = (b"{\"sha512\":1}".as_slice(), b"named by its sha512".as_slice());
-    let mut named = descriptor(OCI_LAYER, layer);
-    named["digest"] = json!(sha512(layer));
-    let manifest = bytes(&json!({
-        "schemaVersion": 2, "mediaType": OCI_MANIFEST,
-        "config": descriptor(OCI_CONFIG, config), "layers": [named],
-    }));
-    let image = Image::odd(OCI_MANIFEST, manifest, &[config, layer]);
-    put(store, layer_link(name, &sha512(layer)), sha256(layer).as_bytes());
-    put_image(store, name, Some(tag), &image)
-}
-
 /// A registry of long ago whose clock goes on: `app` has two images and an index, `other` one of them.
 fn fixture() -> Arc<Memory> {
     let store = Memory::default();
@@ -114,7 +100,7 @@ fn fixture() -> Arc<Memory> {
     put_image(&store, "app", None, &plain("two").referrer("application/vnd.example.signature", "of two"));
     put_image(&store, "other", Some("2"), &plain("two"));
     put_image(&store, "other", Some("old"), &plain("old"));
-    put_sha512_image(&store, "strong", "1");
+    put_sha512_image(&store, "strong", Some("1"), "named by its sha512");
     let store = old_store(&store.snapshot());
     store.set_clock(SystemTime::now());
     store
@@ -157,7 +143,7 @@ fn a_promotion_writes_what_a_push_writes_and_in_its_order() {
     let pushed = fixture();
     put_image(&pushed, "team/web", Some("1"), &multi());
     put_image(&pushed, "team/web", Some("2"), &plain("two"));
-    put_sha512_image(&pushed, "team/web", "3");
+    put_sha512_image(&pushed, "team/web", Some("3"), "named by its sha512");
     let store = fixture();
     let faulty = Faulty::new(store.clone(), Fault::Never, 0);
     let engine = mounted(faulty.clone()).unwrap();

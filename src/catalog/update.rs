@@ -37,24 +37,18 @@ pub fn update(store: &dyn Store, previous: &Catalog, changes: &Changes) -> Optio
         catalog.problems.retain(|p| !p.path.starts_with(&below));
         if store.list(&below).ok()?.is_some() {
             let mut found = Vec::new();
-            scan.namespace(place, is_valid(place), &mut found);
+            scan.namespace(place, layout::is_name(place), &mut found);
             names.extend(found.into_iter().map(|(name, _)| name));
         }
     }
     catalog.namespaces.append(&mut scan.namespaces);
-    look_again(store, catalog, &names, scan)
+    Some(look_again(store, catalog, &names, scan))
 }
 
 /// Looks at one repository again; everything else is as in `previous`.
 pub fn rescan(store: &dyn Store, previous: &Catalog, name: &Path) -> Catalog {
     let scan = Scan::new(store, &previous.tables, Some(previous));
-    let names = BTreeSet::from([name.to_path_buf()]);
-    // Whatever fails is noted as a problem of the repository.
-    look_again(store, previous.clone(), &names, scan).unwrap_or_else(|| previous.clone())
-}
-
-fn is_valid(name: &Path) -> bool {
-    name.components().all(|c| layout::is_name_component(c.as_os_str()))
+    look_again(store, previous.clone(), &BTreeSet::from([name.to_path_buf()]), scan)
 }
 
 /// Takes the blobs that came or went into account.
@@ -106,13 +100,13 @@ fn update_blobs(store: &dyn Store, catalog: &mut Catalog, changes: &Changes) -> 
     Some(())
 }
 
-/// Looks again at the repositories `names`; what is nowhere any more goes.
+/// Looks again at the repositories `names`; what is nowhere any more goes. What fails is noted as a problem.
 fn look_again(
     store: &dyn Store,
     mut catalog: Catalog,
     names: &BTreeSet<PathBuf>,
     mut scan: Scan<'_>,
-) -> Option<Catalog> {
+) -> Catalog {
     let own = [layout::MANIFESTS, layout::LAYERS, layout::UPLOADS];
     for name in names {
         let place = layout::repository(name);
@@ -128,7 +122,7 @@ fn look_again(
             }
         };
         if entries.iter().any(|e| own.iter().any(|own| e.name == *own)) {
-            scan.repository(name, is_valid(name));
+            scan.repository(name, layout::is_name(name));
         }
     }
     let manifests = scan.manifests(&catalog.present);
@@ -159,5 +153,5 @@ fn look_again(
     catalog.problems.retain(|p| !parts.iter().any(|part| p.path.starts_with(part)));
     catalog.problems.extend(problems);
     sort(&mut catalog.problems);
-    Some(catalog)
+    catalog
 }

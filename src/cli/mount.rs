@@ -123,9 +123,9 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
         mounted_at: SystemTime::now(),
     };
     let log_file = args.log_file.as_deref().map(open_log).transpose()?;
-    let registry = store.full(Path::new(""));
+    let watch = Watch::new(&store.full(Path::new("")));
     let engine = Arc::new(Engine::new(Arc::new(store), settings)?);
-    match Watch::new(&registry) {
+    match watch {
         Ok(watch) => engine.watch(watch)?,
         Err(e) => log::info!("the kernel does not tell what changes ({e}); looking at the storage instead"),
     }

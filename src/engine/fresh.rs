@@ -33,7 +33,8 @@ const STILL_NEEDED: Duration = Duration::from_millis(500);
 
 /// Who remembers parts of the tree, and must hear what is not so any more.
 pub trait Listener: Send + Sync {
-    /// Called after the snapshot that says otherwise was published; returns at once.
+    /// Called after the snapshot that says otherwise was published. Returns when all but names is forgotten, or after a
+    /// moment.
     fn forget(&self, stale: Stale);
 
     /// Waits until everything that was passed to [`Listener::forget`] is forgotten, but not for long.
@@ -41,14 +42,14 @@ pub trait Listener: Send + Sync {
 }
 
 impl Engine {
-    /// Lets the kernel tell what changes. Fails where it can't: everything works without, less freshly.
+    /// Lets the kernel tell what changes, and takes in what it has told since `watch` was made: before the first look at
+    /// the storage, or what changed in between would be missed.
     pub fn watch(self: &Arc<Engine>, watch: Watch) -> Result<()> {
         let error = |e| Error::io("watch", &self.store.full(std::path::Path::new("")), e);
         let engine = Arc::downgrade(self);
         let events = watch.events().try_clone_to_owned().map_err(error)?;
         *locked(&self.watch) = Some(watch);
-        // What changed between the first look and this.
-        self.refresh_whole(&mut locked(&self.changing));
+        self.refresh(&mut locked(&self.changing));
         let watching = move || watching(&engine, &events);
         std::thread::Builder::new().name("watch".into()).spawn(watching).map_err(error)?;
         Ok(())

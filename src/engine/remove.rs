@@ -20,6 +20,8 @@ use crate::trash::{Author, Transaction};
 use crate::view::node::Node;
 use crate::view::tree::{REVISIONS, TAGS, UPLOADS, parse_reference};
 
+/// What the log says of a removal.
+const MOVED: &str = "moved to the trash";
 /// How long a transaction stays open for the process that began it.
 const STAYS_OPEN: Duration = Duration::from_secs(2);
 
@@ -68,9 +70,7 @@ impl Engine {
             Err(Error::Exists { .. }) => remove(),
             result => result,
         };
-        let said = result.as_ref().map_or_else(ToString::to_string, |()| "moved to the trash".to_string());
-        self.note(author, "rm", &path, &said);
-        result
+        self.note_result(author, "rm", &path, result.map(|()| MOVED.to_string()))
     }
 
     /// Removes an empty directory; of a repository, what is left of it.
@@ -107,11 +107,11 @@ impl Engine {
                 let current = self.current();
                 let mut begin = || self.transaction(&mut changing, author, &shown);
                 let result = edit::take_repository(&*self.store, &current.catalog, &path, &mut begin);
-                let said =
-                    result.as_ref().map_or_else(ToString::to_string, |_| "moved to the trash".to_string());
-                self.note(author, "rmdir", &shown, &said);
-                self.publish(result?, self.transactions(), &[]);
-                Ok(())
+                let result = result.map(|catalog| {
+                    self.publish(catalog, self.transactions(), &[]);
+                    MOVED.to_string()
+                });
+                self.note_result(author, "rmdir", &shown, result)
             }
             _ => Err(refusal(parent)),
         }

@@ -105,8 +105,7 @@ impl Engine {
     }
 
     fn make_namespace(&self, path: &Path, author: &Author) -> Result<()> {
-        let is_name = path.components().all(|c| layout::is_name_component(c.as_os_str()));
-        if !is_name || path.as_os_str().len() > LONGEST_NAME {
+        if !layout::is_name(path) || path.as_os_str().len() > LONGEST_NAME {
             let why =
                 "lower-case letters and digits, between them single dots, one or two underscores, or hyphens";
             return Err(Error::invalid(format!("{} is no name of a repository: {why}", path.display())));
@@ -167,12 +166,6 @@ impl Engine {
         // Also after a failure: something may have been written.
         self.publish(look(&catalog), self.transactions(), &[]);
         result
-    }
-
-    fn note_result(&self, author: &Author, action: &str, path: &str, result: Result<String>) -> Result<()> {
-        let said = result.as_ref().map_or_else(ToString::to_string, Clone::clone);
-        self.note(author, action, path, &said);
-        result.map(drop)
     }
 }
 

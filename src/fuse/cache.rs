@@ -43,8 +43,8 @@ impl Forgetting {
         let (names, stale_names) = channel();
         let forgetting = Forgetting { contents, names: names.clone() };
         let notify = notifier.clone();
-        spawn("forget", move || forget_contents(&notify, &stale, &names))?;
-        spawn("forget-names", move || forget_names(&notifier, &stale_names))?;
+        spawn("forget", move || follow(&stale, |stale| forget_contents(&notify, stale, &names)))?;
+        spawn("forget-names", move || follow(&stale_names, |names| forget_names(&notifier, names)))?;
         Ok(forgetting)
     }
 }
@@ -76,46 +76,39 @@ fn wait<T>(queue: &Sender<Forget<T>>) {
     }
 }
 
-fn forget_contents(
-    notifier: &Notifier,
-    queue: &Receiver<Forget<Stale>>,
-    names: &Sender<Forget<Vec<(Node, OsString)>>>,
-) {
-    for forget in queue {
-        match forget {
-            Forget::These(stale) => {
-                let mut stale_names: Vec<(Node, OsString)> = stale.names.into_iter().collect();
-                if stale.everything {
-                    stale_names = ["images", "blobs"].map(|name| (Node::Root, name.into())).into();
-                }
-                let attributes = stale.attributes.into_iter().map(|node| (node, -1));
-                let contents = stale.contents.into_iter().map(|node| (node, 0));
-                for (node, offset) in attributes.chain(contents) {
-                    if let Err(e) = notifier.inval_inode(INodeNo(node.inode()), offset, 0) {
-                        log::debug!("could not make the kernel forget {node:?}: {e}");
-                    }
-                }
-                // The other thread ends with this one.
-                let _ = names.send(Forget::These(stale_names));
-            }
+/// Does what the queue says until its other end is gone.
+fn follow<T>(queue: &Receiver<Forget<T>>, mut forget: impl FnMut(T)) {
+    for message in queue {
+        match message {
+            Forget::These(these) => forget(these),
             // Whoever waited may have given up.
             Forget::Done(done) => drop(done.send(())),
         }
     }
 }
 
-fn forget_names(notifier: &Notifier, queue: &Receiver<Forget<Vec<(Node, OsString)>>>) {
-    for forget in queue {
-        match forget {
-            Forget::These(names) => {
-                for (directory, name) in names {
-                    if let Err(e) = notifier.inval_entry(INodeNo(directory.inode()), &name) {
-                        let name = name.as_bytes().escape_ascii();
-                        log::debug!("could not make the kernel forget {name} in {directory:?}: {e}");
-                    }
-                }
-            }
-            Forget::Done(done) => drop(done.send(())),
+/// Makes the kernel forget attributes, listings and targets; hands the names on.
+fn forget_contents(notifier: &Notifier, stale: Stale, names: &Sender<Forget<Vec<(Node, OsString)>>>) {
+    let attributes = stale.attributes.into_iter().map(|node| (node, -1));
+    let contents = stale.contents.into_iter().map(|node| (node, 0));
+    for (node, offset) in attributes.chain(contents) {
+        if let Err(e) = notifier.inval_inode(INodeNo(node.inode()), offset, 0) {
+            log::debug!("could not make the kernel forget {node:?}: {e}");
+        }
+    }
+    let stale_names = match stale.everything {
+        true => ["images", "blobs"].map(|name| (Node::Root, name.into())).into(),
+        false => stale.names.into_iter().collect(),
+    };
+    // The other thread ends with this one.
+    let _ = names.send(Forget::These(stale_names));
+}
+
+fn forget_names(notifier: &Notifier, names: Vec<(Node, OsString)>) {
+    for (directory, name) in names {
+        if let Err(e) = notifier.inval_entry(INodeNo(directory.inode()), &name) {
+            let name = name.as_bytes().escape_ascii();
+            log::debug!("could not make the kernel forget {name} in {directory:?}: {e}");
         }
     }
 }

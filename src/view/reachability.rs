@@ -32,7 +32,9 @@ impl View<'_> {
                 self.shards(algorithm, &|id| self.is_kept(id), Node::ReachableShard)
             }
             Node::ReachableShard(shard, algorithm) => self
-                .shard(shard, algorithm)
+                .snapshot
+                .catalog
+                .blobs_in(algorithm, shard)
                 .filter(|id| self.is_kept(*id))
                 .map(|id| entry(self.hex(id), Node::ReachableBlob(id)))
                 .collect(),

@@ -13,6 +13,7 @@ use super::node::Node;
 use super::tree::{REVISIONS, TAGS, UPLOADS};
 use crate::catalog::intern::{DigestId, NameId};
 use crate::catalog::{Catalog, Keeps, Repository, Tag};
+use crate::digest::Algorithm;
 
 /// What changed between two snapshots.
 #[derive(Debug, Default)]
@@ -82,7 +83,7 @@ impl Stale {
         stale.attributes.extend(counted.into_iter().map(Node::Blob));
         let come_or_gone = before.catalog.present.difference(&after.catalog.present);
         for id in come_or_gone.chain(blobs.iter().copied()) {
-            stale.blob(&after.catalog, id);
+            stale.blob(&before.catalog, &after.catalog, id);
         }
         if stale.names.len() + stale.contents.len() + stale.attributes.len() > MANY {
             stale = Stale { everything: true, ..Stale::default() };
@@ -153,9 +154,9 @@ impl Stale {
                 continue;
             }
             if old.is_some() != new.is_some() {
-                self.name_in(Node::Tags(pair.id), pair.name(*name));
+                self.contents.insert(Node::Tags(pair.id));
             }
-            // A rename onto a tag leaves the node of another one under its name.
+            // Also of one that moved: a rename onto a tag leaves the node of another one under its name.
             self.names.insert((Node::Tags(pair.id), pair.name(*name)));
             self.contents.extend([Node::Tag(*name, pair.id), Node::TagReference(*name, pair.id)]);
         }
@@ -173,8 +174,10 @@ impl Stale {
             let (id, target, _) = *changed;
             let digest = pair.tables.digest(id);
             self.name_in(Node::RevisionsOf(digest.algorithm(), pair.id), digest.hex().into());
-            // A new algorithm is a new directory.
-            self.name_in(Node::Revisions(pair.id), digest.algorithm().name().into());
+            // The directory of the usual algorithm is always there, and forgetting it forgets all that is in it.
+            if digest.algorithm() != Algorithm::Sha256 {
+                self.name_in(Node::Revisions(pair.id), digest.algorithm().name().into());
+            }
             self.contents.insert(Node::KeeperRevision(id, pair.id));
             for (catalog, _) in pair.old.into_iter().chain(pair.new) {
                 counted.extend([id, target].into_iter().flat_map(|id| catalog.closure(id)));
@@ -182,13 +185,17 @@ impl Stale {
         }
     }
 
-    fn blob(&mut self, catalog: &Catalog, id: DigestId) {
-        let digest = catalog.digest(id);
+    fn blob(&mut self, before: &Catalog, after: &Catalog, id: DigestId) {
+        let digest = after.digest(id);
         let algorithm = digest.algorithm();
         let Some(shard) = digest.as_bytes().first().copied() else { return };
         self.name_in(Node::BlobShard(shard, algorithm), digest.hex().into());
-        self.name_in(Node::BlobsOf(algorithm), format!("{shard:02x}").into());
-        self.name_in(Node::Blobs, algorithm.name().into());
+        // Forgetting a directory forgets all that is in it, so only where it came or went.
+        let [old, new] = [before, after].map(|c| c.blobs_in(algorithm, shard).next().is_some());
+        if old != new {
+            self.name_in(Node::BlobsOf(algorithm), format!("{shard:02x}").into());
+            self.name_in(Node::Blobs, algorithm.name().into());
+        }
         self.attributes.insert(Node::Blob(id));
     }
 }

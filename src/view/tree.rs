@@ -430,21 +430,10 @@ impl View<'_> {
         shards.into_iter().map(|shard| entry(format!("{shard:02x}"), node(shard, algorithm))).collect()
     }
 
-    /// Blobs whose hex begins with `shard`.
-    pub(super) fn shard(&self, shard: u8, algorithm: Algorithm) -> impl Iterator<Item = DigestId> {
-        let catalog = &self.snapshot.catalog;
-        let key = |id: &DigestId| {
-            let digest = catalog.digest(*id);
-            (digest.algorithm(), digest.as_bytes().first().copied().unwrap_or(0))
-        };
-        let start = catalog.blobs.partition_point(|id| key(id) < (algorithm, shard));
-        catalog.blobs[start..].iter().copied().take_while(move |id| key(id) == (algorithm, shard))
-    }
-
     /// Blobs of a shard whose bytes are there: what a sweep took leaves its directory behind.
     fn blobs(&self, shard: u8, algorithm: Algorithm) -> Result<Entries> {
         let mut entries = Entries::new();
-        for id in self.shard(shard, algorithm) {
+        for id in self.snapshot.catalog.blobs_in(algorithm, shard) {
             let digest = self.snapshot.catalog.digest(id);
             match self.store.stat(&layout::blob_data(&digest)) {
                 Ok(None) => {}

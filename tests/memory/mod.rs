@@ -13,10 +13,10 @@ use std::time::{Duration, SystemTime};
 
 use regfs::store::Store;
 use regfs::store::memory::Memory;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::common::check::{blob_path, sha256, sha512};
-use crate::common::image::Image;
+use crate::common::image::{Image, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, bytes, descriptor};
 
 /// Every key of a store with its content.
 pub(crate) type Contents = BTreeMap<PathBuf, Arc<[u8]>>;
@@ -226,4 +226,18 @@ impl Walk<'_> {
 pub(crate) fn blobs(contents: &Contents) -> BTreeSet<String> {
     let data = contents.keys().filter(|path| path.starts_with("blobs/sha256"));
     data.map(|path| format!("sha256:{}", path.iter().nth(3).unwrap().to_string_lossy())).collect()
+}
+
+/// An image whose layer was pushed, and is named, under its sha512 digest.
+pub(crate) fn put_sha512_image(store: &Memory, name: &str, tag: Option<&str>, content: &str) -> String {
+    let (config, layer) = (b"{\"sha512\":1}".as_slice(), content.as_bytes());
+    let mut named = descriptor(OCI_LAYER, layer);
+    named["digest"] = json!(sha512(layer));
+    let manifest = bytes(&json!({
+        "schemaVersion": 2, "mediaType": OCI_MANIFEST,
+        "config": descriptor(OCI_CONFIG, config), "layers": [named],
+    }));
+    let image = Image::odd(OCI_MANIFEST, manifest, &[config, layer]);
+    put(store, layer_link(name, &sha512(layer)), sha256(layer).as_bytes());
+    put_image(store, name, tag, &image)
 }
