@@ -5,6 +5,7 @@
 
 mod gc;
 mod mount;
+mod mount_options;
 mod output;
 mod progress;
 mod sample;
@@ -65,19 +66,37 @@ enum Command {
     },
 }
 
+impl Command {
+    fn settled(self) -> Command {
+        match self {
+            Command::Mount(mount) => Command::Mount(mount.settled()),
+            other => other,
+        }
+    }
+
+    fn log_filter(&self) -> &'static str {
+        match self {
+            Command::Mount(mount) => mount.log_filter(),
+            _ => "warn",
+        }
+    }
+}
+
 /// Does what the command line says; returns the exit code.
 pub fn main(args: impl IntoIterator<Item = OsString>, environment: Environment<'_>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
-    let parsed = match Args::try_parse_from(&args) {
-        Ok(parsed) => parsed,
+    let parsed = mount_options::canonical(args).and_then(|args| Ok((Args::try_parse_from(&args)?, args)));
+    let (command, args) = match parsed {
+        Ok((parsed, args)) => (parsed.command.settled(), args),
         Err(e) => {
             // Help and version come here, too, with exit code 0. A reader that is gone needs neither.
             let _ = e.print();
             return ExitCode::from(if e.use_stderr() || is_help_for_nothing(&e) { 2 } else { 0 });
         }
     };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    let result = match parsed.command {
+    let filter = env_logger::Env::default().default_filter_or(command.log_filter());
+    env_logger::Builder::from_env(filter).init();
+    let result = match command {
         Command::Mount(mount) => mount::run(&mount, &args, environment),
         Command::Umount { mountpoint } => mount::umount(&mountpoint),
         Command::Gc(gc) => gc::run(&gc, &args, environment),

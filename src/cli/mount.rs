@@ -7,6 +7,7 @@
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use clap::Args;
 
+use super::mount_options::{MountWord, word};
 use super::{Environment, Outcome, duration, storage_root};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -48,12 +50,47 @@ pub(super) struct MountArgs {
     /// Purge what has been in the trash for longer than this, unless a sweep says otherwise
     #[arg(long, value_name = "AGE", default_value = "7d", value_parser = duration)]
     keep: Duration,
-    /// Where the daemon logs to; nowhere if not given
-    #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
+    /// Where to log to once the mount stands, instead of nowhere (or stderr, in the foreground)
+    #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
+    /// Take the place of a regfs that is mounted there; who is inside stays with the old one until they leave
+    #[arg(long)]
+    replace: bool,
+    /// The same as mount(8) and fstab say it: ro, allow_other, replace, grace=AGE, keep=AGE, log_file=FILE
+    #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',', value_parser = word)]
+    options: Vec<MountWord>,
+    /// Do everything but mount
+    #[arg(long, hide = true)]
+    fake: bool,
     /// Run as the daemon of another regfs, which waits for a word on stdout
     #[arg(long, hide = true)]
     daemon: bool,
+}
+
+impl MountArgs {
+    /// With what `-o` says, which comes last.
+    pub(super) fn settled(mut self) -> MountArgs {
+        for word in std::mem::take(&mut self.options) {
+            match word {
+                MountWord::ReadOnly(read_only) => self.read_only = read_only,
+                MountWord::AllowOther => self.allow_other = true,
+                MountWord::Replace => self.replace = true,
+                MountWord::Grace(grace) => self.grace = grace,
+                MountWord::Keep(keep) => self.keep = keep,
+                MountWord::LogFile(file) => self.log_file = Some(file),
+                MountWord::Generic => {}
+            }
+        }
+        self
+    }
+
+    /// What is logged if the environment says nothing: whoever names a file wants something in it.
+    pub(super) fn log_filter(&self) -> &'static str {
+        match self.log_file {
+            Some(_) => "warn,regfs=info",
+            None => "warn",
+        }
+    }
 }
 
 pub(super) fn run(
@@ -61,14 +98,17 @@ pub(super) fn run(
     typed_args: &[OsString],
     environment: Environment<'_>,
 ) -> Result<Outcome> {
-    match args.foreground || args.daemon {
+    match args.foreground || args.daemon || args.fake {
         true => serve(args, environment),
         false => start_daemon(typed_args),
     }
 }
 
 pub(super) fn umount(mountpoint: &Path) -> Result<Outcome> {
-    mount::umount(&mount::absolute(mountpoint)?)?;
+    let mountpoint = mount::absolute(mountpoint)?;
+    // So that we are not the one who is inside.
+    std::env::set_current_dir("/").map_err(|e| Error::io("go to", Path::new("/"), e))?;
+    mount::umount(&mountpoint)?;
     Ok(Outcome::Done)
 }
 
@@ -78,6 +118,8 @@ fn start_daemon(typed_args: &[OsString]) -> Result<Outcome> {
     let program = std::env::current_exe().ok().filter(|p| p.exists());
     let program = program.as_deref().unwrap_or(Path::new("/proc/self/exe"));
     let child = Command::new(program)
+        // A copy of ourselves may be called mount.regfs.
+        .arg0("regfs")
         // Right after `mount`: behind a `--` it would be no option.
         .args(typed_args.iter().skip(1).take(1))
         .arg("--daemon")
@@ -110,6 +152,9 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     let mountpoint = mount::absolute(&args.mountpoint)?;
     refuse_inside(&storage_root, &mountpoint)?;
     let store = Disk::open(&storage_root)?;
+    if args.fake {
+        return Ok(Outcome::Done);
+    }
     let read_only = args.read_only || !store.is_writable();
     if read_only && !args.read_only {
         log::warn!("{} can't be changed by this user: mounting read-only", storage_root.display());
@@ -129,10 +174,18 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
         Ok(watch) => engine.watch(watch)?,
         Err(e) => log::info!("the kernel does not tell what changes ({e}); looking at the storage instead"),
     }
-    let options = MountOptions { source: storage_root, mountpoint, read_only, allow_other: args.allow_other };
+    // As it was given: `mount -a` looks for the line of fstab among the mounts.
+    let source =
+        std::path::absolute(&args.store).map_err(|e| Error::io("find the storage", &args.store, e))?;
+    let (allow_other, replace) = (args.allow_other, args.replace);
+    let options = MountOptions { source, mountpoint, read_only, allow_other, replace };
     let mounted = mount::mount(engine.clone(), &options)?;
+    if let Some(log_file) = log_file {
+        rustix::stdio::dup2_stderr(&log_file).map_err(|e| Error::io("log to", &storage_root, e))?;
+    }
+    log::info!("mounted {} on {}", storage_root.display(), options.mountpoint.display());
     if args.daemon {
-        detach(log_file)?;
+        detach(args.log_file.is_some())?;
     }
     let keeping = engine.clone();
     let kept = std::thread::Builder::new().name("cache".into()).spawn(move || keeping.keep_parsed());
@@ -159,12 +212,14 @@ fn open_log(path: &Path) -> Result<File> {
 }
 
 /// Says that the mount answers, and lets go of the terminal.
-fn detach(log_file: Option<File>) -> Result<()> {
+fn detach(logs_to_file: bool) -> Result<()> {
     let error = |e: std::io::Error| Error::io("go to the background from", Path::new("the terminal"), e);
     std::env::set_current_dir("/").map_err(error)?;
     rustix::process::setsid().map_err(|e| error(e.into()))?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(error)?;
-    rustix::stdio::dup2_stderr(log_file.as_ref().unwrap_or(&null)).map_err(|e| error(e.into()))?;
+    if !logs_to_file {
+        rustix::stdio::dup2_stderr(&null).map_err(|e| error(e.into()))?;
+    }
     // Whoever waited may be gone; the mount stands all the same.
     let _ = std::io::stdout().write_all(READY).and_then(|()| std::io::stdout().flush());
     rustix::stdio::dup2_stdout(&null).map_err(|e| error(e.into()))

@@ -1,13 +1,14 @@
 //! Mounts and unmounts.
 //!
-//! As root regfs calls mount(2) by itself and hands the descriptor to fuser: fuser 0.18 unmounts whatever is on
+//! As root regfs mounts by itself ([`attach`]) and hands the descriptor to fuser: fuser 0.18 unmounts whatever is on
 //! top when its own mount is gone already, and can't unmount one that is busy. Other users mount through
 //! fusermount3.
 
-use std::ffi::CString;
-use std::fs::OpenOptions;
-use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStringExt;
+mod attach;
+mod table;
+mod users;
+
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -15,20 +16,23 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fuser::{Config, MountOption, Session, SessionACL};
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::UnmountFlags;
+use sd_notify::NotifyState;
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::iterator::Signals;
 
+pub use self::table::absolute;
+use self::table::{is_mounted, topmost};
 use super::cache::Forgetting;
 use super::filesystem::RegistryFilesystem;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 
-/// The type of our mounts in `/proc/self/mountinfo`.
-const FILESYSTEM_TYPE: &str = "fuse.regfs";
 const THREADS: usize = 4;
 /// How long `umount` waits for the daemon to end.
 const DAEMON_ENDS: Duration = Duration::from_secs(10);
+/// Where fusermount3 is told what users may do.
+const FUSE_CONF: &str = "/etc/fuse.conf";
 
 /// How to mount.
 #[derive(Clone, Debug)]
@@ -41,6 +45,8 @@ pub struct MountOptions {
     pub read_only: bool,
     /// Other users than the one who mounts may look.
     pub allow_other: bool,
+    /// Takes the place of a regfs that is mounted there.
+    pub replace: bool,
 }
 
 /// A mount that is being served.
@@ -48,28 +54,37 @@ pub struct Mounted {
     session: JoinHandle<std::io::Result<()>>,
     signals: Signals,
     mountpoint: PathBuf,
-    /// What tells this mount from others on the same directory.
-    device: Option<Vec<u8>>,
+    /// What tells this mount from others on the same directory: `major:minor`.
+    device: String,
 }
 
 /// Mounts, and serves on threads of its own; returns when the mount answers.
 pub fn mount(engine: Arc<Engine>, options: &MountOptions) -> Result<Mounted> {
     let mountpoint = &options.mountpoint;
-    clear_mountpoint(mountpoint)?;
+    let replaces = clear_mountpoint(options)?;
     let filesystem = RegistryFilesystem::new(engine.clone());
     // Before the mount: whoever is told to end from now on must not leave a dead one.
     let signals = Signals::new(TERM_SIGNALS).map_err(|e| Error::io("wait for signals for", mountpoint, e))?;
-    let session = match rustix::process::geteuid().is_root() {
+    let (session, root) = match rustix::process::geteuid().is_root() {
         true => mount_directly(filesystem, options)?,
-        false => mount_through_helper(filesystem, options)?,
+        false => (mount_through_helper(filesystem, options)?, None),
     };
     engine.set_listener(Arc::new(Forgetting::start(session.notifier())?));
     let serve = move || session.run();
     let session = std::thread::Builder::new().name("session".into()).spawn(serve);
     let session = session.map_err(|e| Error::io("serve", mountpoint, e))?;
-    std::fs::metadata(mountpoint).map_err(|e| Error::io("look at the mount", mountpoint, e))?;
-    let device = topmost(mountpoint)?.map(|mount| mount.device);
-    Ok(Mounted { session, signals, mountpoint: mountpoint.clone(), device })
+    let look = |e: rustix::io::Errno| Error::io("look at the mount", mountpoint, e);
+    let attributes = match &root {
+        Some(root) => rustix::fs::fstat(root).map_err(look)?,
+        None => rustix::fs::stat(mountpoint).map_err(look)?,
+    };
+    match &root {
+        Some(root) if replaces => attach::replace(root, mountpoint)?,
+        Some(root) => attach::attach(root, mountpoint)?,
+        None => {}
+    }
+    let (major, minor) = (rustix::fs::major(attributes.st_dev), rustix::fs::minor(attributes.st_dev));
+    Ok(Mounted { session, signals, mountpoint: mountpoint.clone(), device: format!("{major}:{minor}") })
 }
 
 impl Mounted {
@@ -81,10 +96,11 @@ impl Mounted {
         let watch = std::thread::Builder::new().name("signals".into()).spawn(move || {
             for signal in signals.forever() {
                 log::info!("signal {signal}: unmounting {}", mountpoint.display());
+                service_manager(NotifyState::Stopping);
                 let unmounted = match topmost(&mountpoint) {
                     // Ours is gone already, or somebody mounted over it: that one is not ours to take away.
-                    Ok(mount) if mount.as_ref().map(|m| &m.device) != device.as_ref() => {
-                        log::warn!("something else is mounted on {}: left alone", mountpoint.display());
+                    Ok(mount) if mount.as_ref().is_none_or(|mount| mount.device != device) => {
+                        log::info!("{} is no longer ours: left alone", mountpoint.display());
                         Ok(())
                     }
                     Ok(_) => unmount_lazily(&mountpoint),
@@ -96,6 +112,7 @@ impl Mounted {
             }
         });
         let watch = watch.map_err(|e| Error::io("start a thread for", &self.mountpoint, e))?;
+        service_manager(NotifyState::Ready);
         let ended = self.session.join();
         engine.end();
         handle.close();
@@ -108,20 +125,27 @@ impl Mounted {
     }
 }
 
-/// Makes sure that we can mount there: takes away the dead mount of a regfs that was killed.
-fn clear_mountpoint(mountpoint: &Path) -> Result<()> {
+/// Makes sure that we can mount there, takes away the dead mount of a regfs that was killed, and says whether there is
+/// a living one to replace.
+fn clear_mountpoint(options: &MountOptions) -> Result<bool> {
+    let mountpoint = &options.mountpoint;
     let is_ours = is_mounted(mountpoint)?;
     // The kernel may remember what a dead one looked like, but not how much space it had.
     let answers = rustix::fs::statfs(mountpoint).map_err(std::io::Error::from);
     match answers.and_then(|_| std::fs::metadata(mountpoint)) {
         Err(e) if is_dead(&e) && is_ours => {
             log::info!("{} is the dead mount of a regfs that was killed; replacing it", mountpoint.display());
-            unmount_lazily(mountpoint)
+            unmount_lazily(mountpoint)?;
+            Ok(false)
         }
         Err(e) => Err(Error::io("mount on", mountpoint, e)),
+        Ok(_) if is_ours && options.replace && !rustix::process::geteuid().is_root() => {
+            Err(Error::invalid("only root can replace a mount; unmount it first: regfs umount"))
+        }
+        Ok(_) if is_ours && options.replace => Ok(true),
         Ok(_) if is_ours => Err(Error::Busy {
             why: format!(
-                "a regfs is mounted on {} already; unmount it first: regfs umount {}",
+                "a regfs is mounted on {} already; unmount it first (regfs umount {}), or take its place with --replace",
                 mountpoint.display(),
                 mountpoint.display()
             ),
@@ -129,7 +153,12 @@ fn clear_mountpoint(mountpoint: &Path) -> Result<()> {
         Ok(metadata) if !metadata.is_dir() => {
             Err(Error::io("mount on", mountpoint, std::io::Error::from_raw_os_error(libc::ENOTDIR)))
         }
-        Ok(_) => Ok(()),
+        Ok(_) => {
+            if std::fs::read_dir(mountpoint).is_ok_and(|mut entries| entries.next().is_some()) {
+                log::warn!("{} is not empty: the mount hides what is in it", mountpoint.display());
+            }
+            Ok(false)
+        }
     }
 }
 
@@ -146,42 +175,26 @@ fn config(options: &MountOptions) -> Config {
     config
 }
 
+/// Serves a mount that has no place yet, which its descriptor keeps alive.
 fn mount_directly(
     filesystem: RegistryFilesystem,
     options: &MountOptions,
-) -> Result<Session<RegistryFilesystem>> {
-    let device = Path::new("/dev/fuse");
-    let file = OpenOptions::new().read(true).write(true).open(device);
-    let file = file.map_err(|e| Error::io("open (is the fuse module loaded?)", device, e))?;
-    let mut data = format!(
-        "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
-        file.as_raw_fd(),
-        rustix::process::geteuid().as_raw(),
-        rustix::process::getegid().as_raw(),
-    );
-    if options.allow_other {
-        data += ",allow_other";
-    }
-    let data = CString::new(data).map_err(|e| Error::io("mount on", &options.mountpoint, e))?;
-    let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOATIME;
-    if options.read_only {
-        flags |= MountFlags::RDONLY;
-    }
-    rustix::mount::mount(&options.source, &options.mountpoint, FILESYSTEM_TYPE, flags, data.as_c_str())
-        .map_err(|e| Error::io("mount on", &options.mountpoint, e))?;
-    let acl = config(options).acl;
-    Session::from_fd(filesystem, file.into(), acl, config(options)).map_err(|e| {
-        if let Err(undo) = unmount_lazily(&options.mountpoint) {
-            log::error!("{undo}");
-        }
-        Error::io("serve", &options.mountpoint, e)
-    })
+) -> Result<(Session<RegistryFilesystem>, Option<OwnedFd>)> {
+    let detached = attach::detached(options)?;
+    let config = config(options);
+    let session = Session::from_fd(filesystem, detached.fuse, config.acl, config);
+    Ok((session.map_err(|e| Error::io("serve", &options.mountpoint, e))?, Some(detached.root)))
 }
 
 fn mount_through_helper(
     filesystem: RegistryFilesystem,
     options: &MountOptions,
 ) -> Result<Session<RegistryFilesystem>> {
+    if options.allow_other && !others_may_be_allowed(Path::new(FUSE_CONF)) {
+        return Err(Error::invalid(format!(
+            "{FUSE_CONF} lets only root allow others to look: have it say user_allow_other, or leave out allow_other"
+        )));
+    }
     let mut config = config(options);
     config.mount_options = vec![
         MountOption::FSName(options.source.display().to_string()),
@@ -200,6 +213,12 @@ fn mount_through_helper(
     })
 }
 
+/// Whether the configuration of fusermount3 has the line `user_allow_other` (mount.fuse3(8)).
+fn others_may_be_allowed(fuse_conf: &Path) -> bool {
+    let text = std::fs::read_to_string(fuse_conf).unwrap_or_default();
+    text.lines().any(|line| line.trim() == "user_allow_other")
+}
+
 /// Takes the name of a mount away at once; who is inside may stay until they leave.
 fn unmount_lazily(mountpoint: &Path) -> Result<()> {
     match rustix::process::geteuid().is_root() {
@@ -210,14 +229,21 @@ fn unmount_lazily(mountpoint: &Path) -> Result<()> {
 }
 
 fn fusermount(mountpoint: &Path, flags: &[&str]) -> Result<()> {
-    let output = Command::new("fusermount3").args(flags).arg("--").arg(mountpoint).output();
+    let output =
+        Command::new("fusermount3").env("LC_ALL", "C").args(flags).arg("--").arg(mountpoint).output();
     let output =
         output.map_err(|e| Error::io("run fusermount3 (from the package fuse3) for", mountpoint, e))?;
     match output.status.success() {
         true => Ok(()),
         false => {
             let said = String::from_utf8_lossy(&output.stderr).trim().to_string();
-            Err(Error::io("unmount", mountpoint, std::io::Error::other(said)))
+            // It has one exit code for all that can go wrong.
+            let is_busy = said.ends_with(": Device or resource busy");
+            let error = match is_busy {
+                true => std::io::Error::from_raw_os_error(libc::EBUSY),
+                false => std::io::Error::other(said),
+            };
+            Err(Error::io("unmount", mountpoint, error))
         }
     }
 }
@@ -234,12 +260,7 @@ pub fn umount(mountpoint: &Path) -> Result<()> {
         false => fusermount(mountpoint, &["-u"]),
     };
     unmounted.map_err(|e| match e.errno() {
-        libc::EBUSY => Error::Busy {
-            why: format!(
-                "{} is in use: leave it (cd) and close its files, then try again; `umount -l` takes only its name away",
-                mountpoint.display()
-            ),
-        },
+        libc::EBUSY => Error::Busy { why: in_use(mountpoint) },
         _ => e,
     })?;
     let deadline = Instant::now() + DAEMON_ENDS;
@@ -247,6 +268,15 @@ pub fn umount(mountpoint: &Path) -> Result<()> {
         std::thread::sleep(Duration::from_millis(10));
     }
     Ok(())
+}
+
+/// Says who keeps a mount from being unmounted, and what to do.
+fn in_use(mountpoint: &Path) -> String {
+    let users: String = users::users(mountpoint).iter().map(|user| format!("  {user}\n")).collect();
+    let place = mountpoint.display();
+    format!(
+        "{place} is in use:\n{users}leave it (cd) and close its files, then try again; or take only its name away: umount -l {place}"
+    )
 }
 
 /// Whether a process exists and is no zombie.
@@ -262,83 +292,26 @@ fn daemon_of(mountpoint: &Path) -> Option<u32> {
     status.get("pid")?.as_u64()?.try_into().ok()
 }
 
-/// Whether the topmost mount on `mountpoint` is a regfs, alive or dead.
-fn is_mounted(mountpoint: &Path) -> Result<bool> {
-    Ok(topmost(mountpoint)?.is_some_and(|mount| mount.is_regfs))
-}
-
-/// A line of mountinfo.
-struct MountEntry {
-    /// `major:minor`.
-    device: Vec<u8>,
-    is_regfs: bool,
-}
-
-/// The topmost mount on `mountpoint`; `None` when nothing is mounted there.
-fn topmost(mountpoint: &Path) -> Result<Option<MountEntry>> {
-    let table = Path::new("/proc/self/mountinfo");
-    let text = std::fs::read(table).map_err(|e| Error::io("read", table, e))?;
-    let mut topmost = None;
-    for line in text.split(|b| *b == b'\n') {
-        let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
-        let place = fields.get(4).map(|field| unescape(field));
-        if place.as_deref() == Some(mountpoint) {
-            let after_dash = fields.iter().position(|f| *f == b"-").and_then(|at| fields.get(at + 1));
-            let is_regfs = after_dash.is_some_and(|kind| *kind == FILESYSTEM_TYPE.as_bytes());
-            let device = fields.get(2).map_or_else(Vec::new, |device| device.to_vec());
-            topmost = Some(MountEntry { device, is_regfs });
-        }
-    }
-    Ok(topmost)
-}
-
-/// Reads the octal escapes of mountinfo (proc(5)): `\040` is a blank.
-fn unescape(field: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, after)) = rest.split_first() {
-        let octal = after.get(..3).filter(|_| *first == b'\\').and_then(|o| std::str::from_utf8(o).ok());
-        match octal.and_then(|o| u8::from_str_radix(o, 8).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &after[3..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = after;
-            }
-        }
-    }
-    std::ffi::OsString::from_vec(bytes).into()
-}
-
-/// The name under which the kernel knows a mountpoint: absolute, without symlinks on the way; the last component is
-/// not looked at, since the mount on it may be dead.
-pub fn absolute(mountpoint: &Path) -> Result<PathBuf> {
-    let error = |e| Error::io("find the mountpoint", mountpoint, e);
-    match mountpoint.canonicalize() {
-        Ok(path) => Ok(path),
-        Err(e) if is_dead(&e) => {
-            let path = std::path::absolute(mountpoint).map_err(error)?;
-            let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-                return Ok(path);
-            };
-            Ok(parent.canonicalize().map_err(error)?.join(name))
-        }
-        Err(e) => Err(error(e)),
+/// Tells systemd where we are (sd_notify(3)), if that started us.
+fn service_manager(state: NotifyState<'_>) {
+    if let Err(e) = sd_notify::notify(&[state]) {
+        log::warn!("could not tell the service manager: {e}");
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::ffi::OsStrExt;
-
     use super::*;
 
     #[test]
-    fn mountinfo_escapes_are_read() {
-        assert_eq!(unescape(b"/a\\040b\\134c\\011"), Path::new("/a b\\c\t"));
-        assert_eq!(unescape(b"/a\\04"), Path::new("/a\\04"));
-        assert_eq!(unescape("/ä".as_bytes()).as_os_str().as_bytes(), "/ä".as_bytes());
+    fn comments_in_fuse_conf_allow_nothing() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        for (text, allowed) in
+            [("", false), ("#user_allow_other\n", false), ("mount_max = 9\n user_allow_other \n", true)]
+        {
+            std::fs::write(file.path(), text).expect("write it");
+            assert_eq!(others_may_be_allowed(file.path()), allowed, "{text:?}");
+        }
+        assert!(!others_may_be_allowed(Path::new("/nonexistent")));
     }
 }
