@@ -73,13 +73,22 @@ impl Command {
             other => other,
         }
     }
+}
 
-    fn log_filter(&self) -> &'static str {
-        match self {
-            Command::Mount(mount) => mount.log_filter(),
-            _ => "warn",
-        }
+/// To stderr, warnings only, unless the environment or a log file says otherwise.
+fn start_logging(command: &Command) -> Result<()> {
+    let log_file = match command {
+        Command::Mount(mount) => mount.open_log()?,
+        _ => None,
+    };
+    // Whoever names a file wants something in it.
+    let filter = if log_file.is_some() { "warn,regfs=info" } else { "warn" };
+    let mut logger = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(filter));
+    if let Some(file) = log_file {
+        logger.target(env_logger::Target::Pipe(Box::new(file)));
     }
+    logger.init();
+    Ok(())
 }
 
 /// Does what the command line says; returns the exit code.
@@ -94,16 +103,14 @@ pub fn main(args: impl IntoIterator<Item = OsString>, environment: Environment<'
             return ExitCode::from(if e.use_stderr() || is_help_for_nothing(&e) { 2 } else { 0 });
         }
     };
-    let filter = env_logger::Env::default().default_filter_or(command.log_filter());
-    env_logger::Builder::from_env(filter).init();
-    let result = match command {
+    let result = start_logging(&command).and_then(|()| match command {
         Command::Mount(mount) => mount::run(&mount, &args, environment),
         Command::Umount { mountpoint } => mount::umount(&mountpoint),
         Command::Gc(gc) => gc::run(&gc, &args, environment),
         Command::Trash(trash) => trash::run(&trash, &args, environment),
         Command::Why(why) => why::run(&why, environment),
         Command::Sample { directory } => sample::run(&directory),
-    };
+    });
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Unfinished) => ExitCode::from(3),

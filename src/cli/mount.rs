@@ -50,7 +50,7 @@ pub(super) struct MountArgs {
     /// Purge what has been in the trash for longer than this, unless a sweep says otherwise
     #[arg(long, value_name = "AGE", default_value = "7d", value_parser = duration)]
     keep: Duration,
-    /// Where to log to once the mount stands, instead of nowhere (or stderr, in the foreground)
+    /// Where to log to; otherwise a daemon logs nowhere, and one in the foreground to stderr
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
     /// Take the place of a regfs that is mounted there; who is inside stays with the old one until they leave
@@ -84,12 +84,10 @@ impl MountArgs {
         self
     }
 
-    /// What is logged if the environment says nothing: whoever names a file wants something in it.
-    pub(super) fn log_filter(&self) -> &'static str {
-        match self.log_file {
-            Some(_) => "warn,regfs=info",
-            None => "warn",
-        }
+    /// The file that was named to log to.
+    pub(super) fn open_log(&self) -> Result<Option<File>> {
+        let open = |path| OpenOptions::new().append(true).create(true).open(path);
+        self.log_file.as_deref().map(|p| open(p).map_err(|e| Error::io("open the log", p, e))).transpose()
     }
 }
 
@@ -167,7 +165,8 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
         keep: args.keep,
         mounted_at: SystemTime::now(),
     };
-    let log_file = args.log_file.as_deref().map(open_log).transpose()?;
+    // For what does not go through the logger; the name is relative to a directory that we leave.
+    let log_file = args.open_log()?;
     let watch = Watch::new(&store.full(Path::new("")));
     let engine = Arc::new(Engine::new(Arc::new(store), settings)?);
     match watch {
@@ -180,12 +179,9 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     let (allow_other, replace) = (args.allow_other, args.replace);
     let options = MountOptions { source, mountpoint, read_only, allow_other, replace };
     let mounted = mount::mount(engine.clone(), &options)?;
-    if let Some(log_file) = log_file {
-        rustix::stdio::dup2_stderr(&log_file).map_err(|e| Error::io("log to", &storage_root, e))?;
-    }
     log::info!("mounted {} on {}", storage_root.display(), options.mountpoint.display());
     if args.daemon {
-        detach(args.log_file.is_some())?;
+        detach(log_file)?;
     }
     let keeping = engine.clone();
     let kept = std::thread::Builder::new().name("cache".into()).spawn(move || keeping.keep_parsed());
@@ -207,19 +203,13 @@ fn refuse_inside(storage_root: &Path, mountpoint: &Path) -> Result<()> {
     }
 }
 
-fn open_log(path: &Path) -> Result<File> {
-    OpenOptions::new().append(true).create(true).open(path).map_err(|e| Error::io("open the log", path, e))
-}
-
 /// Says that the mount answers, and lets go of the terminal.
-fn detach(logs_to_file: bool) -> Result<()> {
+fn detach(log_file: Option<File>) -> Result<()> {
     let error = |e: std::io::Error| Error::io("go to the background from", Path::new("the terminal"), e);
     std::env::set_current_dir("/").map_err(error)?;
     rustix::process::setsid().map_err(|e| error(e.into()))?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(error)?;
-    if !logs_to_file {
-        rustix::stdio::dup2_stderr(&null).map_err(|e| error(e.into()))?;
-    }
+    rustix::stdio::dup2_stderr(log_file.as_ref().unwrap_or(&null)).map_err(|e| error(e.into()))?;
     // Whoever waited may be gone; the mount stands all the same.
     let _ = std::io::stdout().write_all(READY).and_then(|()| std::io::stdout().flush());
     rustix::stdio::dup2_stdout(&null).map_err(|e| error(e.into()))
