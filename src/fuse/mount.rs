@@ -1,6 +1,6 @@
 //! Mounts and unmounts.
 //!
-//! As root regfs mounts by itself ([`attach`]) and hands the descriptor to fuser: fuser 0.18 unmounts whatever is on
+//! As root regfs mounts by itself (`attach`) and hands the descriptor to fuser: fuser 0.18 unmounts whatever is on
 //! top when its own mount is gone already, and can't unmount one that is busy. Other users mount through
 //! fusermount3.
 
