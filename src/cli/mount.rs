@@ -167,12 +167,16 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     };
     // For what does not go through the logger; the name is relative to a directory that we leave.
     let log_file = args.open_log()?;
-    let watch = Watch::new(&store.full(Path::new("")));
+    let root = store.full(Path::new(""));
+    let watch = Watch::of_filesystem(&root);
     let engine = Arc::new(Engine::new(Arc::new(store), settings)?);
-    match watch {
-        Ok(watch) => engine.watch(watch)?,
-        Err(e) => log::info!("the kernel does not tell what changes ({e}); looking at the storage instead"),
-    }
+    let is_watching = match watch {
+        Ok(watch) => engine.watch(watch).map(|()| true)?,
+        Err(e) => {
+            log::debug!("could not watch the filesystem: {e}");
+            false
+        }
+    };
     // As it was given: `mount -a` looks for the line of fstab among the mounts.
     let source =
         std::path::absolute(&args.store).map_err(|e| Error::io("find the storage", &args.store, e))?;
@@ -183,12 +187,29 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     if args.daemon {
         detach(log_file)?;
     }
+    if !is_watching {
+        let watching = engine.clone();
+        in_background("watch", move || watch_directories(&watching, &root));
+    }
     let keeping = engine.clone();
-    let kept = std::thread::Builder::new().name("cache".into()).spawn(move || keeping.keep_parsed());
-    // Only the next mount would have been quicker.
-    kept.map(drop).unwrap_or_else(|e| log::warn!("could not start a thread for the cache: {e}"));
+    in_background("cache", move || keeping.keep_parsed());
     mounted.serve(&engine)?;
     Ok(Outcome::Done)
+}
+
+/// What makes a mount quicker, and can be done without.
+fn in_background(name: &str, run: impl FnOnce() + Send + 'static) {
+    if let Err(e) = std::thread::Builder::new().name(name.into()).spawn(run) {
+        log::warn!("could not start the thread {name}: {e}");
+    }
+}
+
+/// Lets the kernel tell what changes, directory by directory; until then, and where it can't, the storage is looked at.
+fn watch_directories(engine: &Arc<Engine>, root: &Path) {
+    let watched = Watch::of_directories(root).map_err(|e| Error::io("watch", root, e));
+    if let Err(e) = watched.and_then(|watch| engine.watch_from_now(watch)) {
+        log::info!("the kernel does not tell what changes ({e}); looking at the storage instead");
+    }
 }
 
 /// A mount inside its own storage would wait for itself.

@@ -6,6 +6,7 @@
 //!
 //! What a watch can't see (another machine that writes to the same storage) a whole look finds, now and then.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, Weak};
 use std::time::{Duration, Instant};
@@ -45,14 +46,33 @@ impl Engine {
     /// Lets the kernel tell what changes, and takes in what it has told since `watch` was made: before the first look at
     /// the storage, or what changed in between would be missed.
     pub fn watch(self: &Arc<Engine>, watch: Watch) -> Result<()> {
-        let error = |e| Error::io("watch", &self.store.full(std::path::Path::new("")), e);
-        let engine = Arc::downgrade(self);
-        let events = watch.events().try_clone_to_owned().map_err(error)?;
-        *locked(&self.watch) = Some(watch);
+        let events = self.begin_watch(watch)?;
         self.refresh(&mut locked(&self.changing));
+        self.follow(events)
+    }
+
+    /// The same with a watch that was made later, after which everything is looked at.
+    pub fn watch_from_now(self: &Arc<Engine>, watch: Watch) -> Result<()> {
+        let events = self.begin_watch(watch)?;
+        self.refresh_whole(&mut locked(&self.changing));
+        self.follow(events)
+    }
+
+    fn begin_watch(&self, watch: Watch) -> Result<OwnedFd> {
+        let events = watch.events().try_clone_to_owned().map_err(|e| self.watch_error(e))?;
+        *locked(&self.watch) = Some(watch);
+        Ok(events)
+    }
+
+    fn follow(self: &Arc<Engine>, events: OwnedFd) -> Result<()> {
+        let engine = Arc::downgrade(self);
         let watching = move || watching(&engine, &events);
-        std::thread::Builder::new().name("watch".into()).spawn(watching).map_err(error)?;
-        Ok(())
+        let spawned = std::thread::Builder::new().name("watch".into()).spawn(watching);
+        spawned.map(drop).map_err(|e| self.watch_error(e))
+    }
+
+    fn watch_error(&self, e: std::io::Error) -> Error {
+        Error::io("watch", &self.store.full(std::path::Path::new("")), e)
     }
 
     /// Whether changes are told by the kernel.
@@ -146,7 +166,7 @@ impl Engine {
 }
 
 /// Follows the events of the kernel as long as there is an engine.
-fn watching(engine: &Weak<Engine>, events: &std::os::fd::OwnedFd) {
+fn watching(engine: &Weak<Engine>, events: &OwnedFd) {
     let timeout = Timespec { tv_sec: 0, tv_nsec: STILL_NEEDED.subsec_nanos().into() };
     loop {
         let mut fds = [PollFd::new(events, PollFlags::IN)];
