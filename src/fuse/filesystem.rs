@@ -43,6 +43,8 @@ use crate::view::tree::parse_reference;
 
 /// How long the kernel may believe what it has to ask for anew.
 const TTL: Duration = Duration::ZERO;
+/// Longest name in bytes, as `statfs` says; the kernel passes longer ones on.
+const NAME_MAX: usize = 255;
 /// Longest command in bytes.
 const COMMAND_LIMIT: usize = 4096;
 
@@ -318,6 +320,9 @@ impl Filesystem for RegistryFilesystem {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if name.len() > NAME_MAX {
+            return reply.error(Errno::ENAMETOOLONG);
+        }
         match guarded(|| self.find(parent, name)) {
             Ok((Some(attr), ttl)) => reply.entry(&ttl, &attr, Generation(0)),
             // Number 0 is "no such name", and may be kept as long.
@@ -354,11 +359,12 @@ impl Filesystem for RegistryFilesystem {
         // `echo x > file` truncates before it writes; a command file has nothing to truncate.
         let is_command = Node::of_inode(inode.0).is_some_and(|node| self.engine.is_command(node));
         let only_truncates = size.is_some() && mode.is_none() && uid.is_none() && gid.is_none();
-        // `cp -a` gives its copy the owner, which it has, and the times, in the place of which a tag has its push's.
+        // `cp -a` gives its copy the owner, which it has, and the times, in the place of which a tag has its push's, and a
+        // command file, which `cp` and editors write to, the present.
         let is_tag = matches!(Node::of_inode(inode.0), Some(Node::Tag(..) | Node::TagReference(..)));
         let changes_nothing = |attr: &FileAttr| {
             let has_owner = uid.is_none_or(|uid| uid == attr.uid) && gid.is_none_or(|gid| gid == attr.gid);
-            is_tag && has_owner && size.is_none() && mode.is_none()
+            (is_tag || is_command) && has_owner && size.is_none() && mode.is_none()
         };
         match guarded(|| self.stat(inode)) {
             Ok((attr, _))
@@ -683,7 +689,7 @@ impl Filesystem for RegistryFilesystem {
                 s.files,
                 s.files_free,
                 s.block_size,
-                255,
+                NAME_MAX as u32,
                 s.block_size,
             ),
             Err(e) => reply.error(errno(&e)),
