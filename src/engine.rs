@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::catalog::cache::{self, Place as CachePlace};
+use crate::catalog::cache::{self, News, Place as CachePlace};
 use crate::catalog::intern::DigestId;
 use crate::catalog::scan::scan;
 use crate::catalog::{Catalog, Tables};
@@ -69,8 +69,8 @@ pub struct Engine {
     is_heal_due: AtomicBool,
     healed: Mutex<Looked>,
     watch: Mutex<Option<Watch>>,
-    /// The first catalog, until what its manifests say is kept for the next mount.
-    unkept: Mutex<Option<Catalog>>,
+    /// The first catalog, until what it says is kept for the next mount.
+    unkept: Mutex<Option<(Catalog, News)>>,
     listener: Mutex<Option<Arc<dyn Listener>>>,
 }
 
@@ -142,10 +142,12 @@ impl Engine {
     pub fn new(store: Arc<dyn Store>, settings: Settings) -> Result<Engine> {
         let began = Instant::now();
         let mut tables = Tables::new(None);
-        tables.known = Arc::new(cache::load(&*store, &CachePlace::Store, &tables));
-        let mut catalog = scan(&*store, &tables, None);
+        let mut known = cache::load(&*store, &CachePlace::Store, &tables);
+        tables.known = Arc::new(std::mem::take(&mut known.manifests));
+        let mut catalog = scan(&*store, &tables, Some(&known.links));
         let is_worth_keeping = catalog.manifests.len() >= WORTH_KEEPING && !settings.read_only;
-        let unkept = is_worth_keeping.then(|| catalog.clone());
+        let unkept = is_worth_keeping.then(|| (catalog.clone(), News::of(&catalog, &known)));
+        drop(known);
         // All that is needed of it is in the catalog by now.
         catalog.tables.known = Arc::default();
         tables.known = Arc::default();
@@ -190,10 +192,10 @@ impl Engine {
 
     /// Keeps what manifests say for the next mount or collection, if there are many.
     pub fn keep_parsed(&self) {
-        let Some(catalog) = locked(&self.unkept).take() else { return };
+        let Some((catalog, news)) = locked(&self.unkept).take() else { return };
         // A collection that has the lock keeps it by itself.
         let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else { return };
-        if let Err(e) = cache::save(&*self.store, &CachePlace::Store, &catalog) {
+        if let Err(e) = cache::save(&*self.store, &CachePlace::Store, &catalog, news) {
             log::warn!("{e}");
         }
     }

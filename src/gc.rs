@@ -26,7 +26,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::catalog::cache::{self, Place};
+use crate::catalog::cache::{self, Known, News, Place};
 use crate::catalog::scan::{Depth, scan_once, scan_strictly};
 use crate::catalog::{Catalog, Effect, Keeps, Tables};
 use crate::error::{Error, Result};
@@ -115,13 +115,16 @@ pub fn run(
     author: &Author,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    let known = options.cache.as_ref().map(|place| cache::load(store, place, tables));
-    let mut tables = Tables { known: known.map_or_else(|| tables.known.clone(), Arc::new), ..tables.clone() };
+    let mut known = options.cache.as_ref().map(|place| cache::load(store, place, tables));
+    let manifests = known.as_mut().map(|known| Arc::new(std::mem::take(&mut known.manifests)));
+    let mut tables = Tables { known: manifests.unwrap_or_else(|| tables.known.clone()), ..tables.clone() };
+    let links = known.as_ref().map(|known| &known.links);
     let policy = Policy::new(options, SystemTime::now());
     if options.dry_run {
         progress.phase("mark", 0);
-        let mut catalog = judged(scan_once(store, &tables, depth(options))?, options);
-        save_cache(store, options, &catalog);
+        let mut catalog = judged(scan_once(store, &tables, links, depth(options))?, options);
+        save_cache(store, options, &catalog, known.as_ref());
+        drop(known);
         // All that is needed of it is in the catalog by now.
         catalog.tables.known = Arc::default();
         tables.known = Arc::default();
@@ -131,8 +134,9 @@ pub fn run(
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("mark", 0);
-    let (catalog, restored) = give_back(store, &tables, None, options)?;
-    save_cache(store, options, &catalog);
+    let (catalog, restored) = give_back(store, &tables, links, options)?;
+    save_cache(store, options, &catalog, known.as_ref());
+    drop(known);
     progress.phase("plan", 0);
     let plan = Plan::new(store, &catalog, &policy)?;
 
@@ -158,13 +162,17 @@ pub fn run(
 /// What a dry run has to look at.
 fn depth(options: &Options) -> Depth {
     let judges_tags = options.untagged || options.orphans || options.thorough || options.repair;
-    Depth { tags: judges_tags || !options.quick, times: judges_tags }
+    // What is kept for the next run is worth nothing without.
+    let is_kept = matches!(options.cache, Some(Place::Directory(_)));
+    Depth { tags: judges_tags || !options.quick, times: judges_tags || is_kept }
 }
 
-/// Keeps what was parsed; a cache that can't be written costs the next run some time, and nothing else.
-fn save_cache(store: &dyn Store, options: &Options, catalog: &Catalog) {
+/// Keeps what was found out; a cache that can't be written costs the next run some time, and nothing else.
+fn save_cache(store: &dyn Store, options: &Options, catalog: &Catalog, known: Option<&Known>) {
     let place = options.cache.as_ref().filter(|place| !options.dry_run || **place != Place::Store);
-    if let Some(Err(e)) = place.map(|place| cache::save(store, place, catalog)) {
+    if let (Some(place), Some(known)) = (place, known)
+        && let Err(e) = cache::save(store, place, catalog, News::of(catalog, known))
+    {
         log::warn!("{e}");
     }
 }

@@ -17,6 +17,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Found, Result};
 
 /// What a name stands for.
@@ -57,7 +59,7 @@ pub struct Stat {
 }
 
 /// What tells two versions of a file apart, in 24 bytes; there are as many as tags and revisions.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Version {
     /// Nanoseconds since 1970, those after 2262 as its end.
     modified: i64,

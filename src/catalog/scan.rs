@@ -398,8 +398,10 @@ impl<'a> Scan<'a> {
                     continue;
                 }
                 let name = layout::link_in(&hex);
+                // One that points elsewhere is noted anew each time.
+                let is_plain = |r: &Revision| r.is_readable && r.target == r.digest;
                 let unchanged =
-                    known.get(&id).filter(|r| r.is_readable && self.is_unchanged(&*links, &name, &r.version));
+                    known.get(&id).filter(|r| is_plain(r) && self.is_unchanged(&*links, &name, &r.version));
                 if let Some(revision) = unchanged {
                     repository.revisions.push(**revision);
                     continue;
@@ -665,8 +667,13 @@ pub fn scan_strictly(store: &dyn Store, tables: &Tables, previous: Option<&Catal
 }
 
 /// The same for one look, of which nothing but `depth` is needed.
-pub fn scan_once(store: &dyn Store, tables: &Tables, depth: Depth) -> Result<Catalog> {
-    strictly(scan_to(store, tables, None, depth))
+pub fn scan_once(
+    store: &dyn Store,
+    tables: &Tables,
+    previous: Option<&Catalog>,
+    depth: Depth,
+) -> Result<Catalog> {
+    strictly(scan_to(store, tables, previous, depth))
 }
 
 fn strictly(catalog: Catalog) -> Result<Catalog> {

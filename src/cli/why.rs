@@ -50,7 +50,8 @@ pub(super) fn run(args: &WhyArgs, environment: Environment<'_>) -> Result<Outcom
     let store = open(&args.store, environment)?;
     let tables = Tables::new(None);
     let known = cache::load(&store, &Place::Store, &tables);
-    let catalog = scan(&store, &Tables { known: Arc::new(known), ..tables }, None);
+    let tables = Tables { known: Arc::new(known.manifests), ..tables };
+    let catalog = scan(&store, &tables, Some(&known.links));
     let mark = mark::mark(&catalog, &Untagged::new());
     let (grace, now) = (args.grace, SystemTime::now());
     let facts = why::Facts { store: &store, catalog: &catalog, mark: &mark, grace, now };
