@@ -81,8 +81,13 @@ fi
 samples=$work/samples
 daemon='' # the process whose CPU counts, too
 
-# CPU of the daemon so far, in seconds.
+# CPU of the daemon so far, in seconds: of the threads that live; with `all` of those that have ended, too, but in
+# hundredths only.
 daemon_cpu() {
+    if [ "${1-}" = all ]; then
+        awk '{ printf "%.2f", ($14 + $15) / 100 }' "/proc/$daemon/stat"
+        return
+    fi
     [ -n "$daemon" ] || { echo 0; return; }
     cat /proc/"$daemon"/task/*/schedstat 2> /dev/null | awk '{ sum += $1 } END { printf "%.6f", sum / 1e9 }'
 }
@@ -93,9 +98,11 @@ sample() {
     shift 2
     before=$(daemon_cpu)
     read -r wall user sys < <({ TIMEFORMAT='%R %U %S'; time "$@" > /dev/null 2>&3; } 3>&2 2>&1)
-    # A command may have started it.
-    [ "$side" = ext4 ] || [ -n "$daemon" ] || daemon=$(pgrep -f "regfs mount --daemon $store $mnt\$" || true)
     after=$(daemon_cpu)
+    # A command may have started it; most threads of the first look have ended.
+    if [ "$side" != ext4 ] && [ -z "$daemon" ] && daemon=$(pgrep -f "regfs mount --daemon $store $mnt\$"); then
+        after=$(daemon_cpu all)
+    fi
     [ "$round" = 0 ] || echo "$row|$side|$wall|$(echo "$user $sys $before $after" | awk '{ print $1 + $2 + $4 - $3 }')" >> "$samples"
 }
 

@@ -2,7 +2,7 @@
 //!
 //! fanotify reports the names that come and go on the whole filesystem, so nothing has to be set up for each of a
 //! hundred thousand directories. It needs root (CAP_SYS_ADMIN) and a local filesystem. Without, each directory is
-//! watched by itself ([`tree`]); where there are too many there is no watch, and whoever wants to know looks for himself.
+//! watched by itself (`tree`); where there are too many there is no watch, and whoever wants to know looks for himself.
 //!
 //! # Rules kept here
 //! 1. An event says only where to look: what is there now, a look at the storage tells.
