@@ -41,11 +41,14 @@ pub struct Tables {
     pub threads: NonZeroUsize,
 }
 
+/// So many threads wait for a cold disk at once, 2.5 times as quick as two; with everything in memory they cost nothing.
+const MANY_THREADS: NonZeroUsize = NonZeroUsize::new(32).unwrap();
+
 impl Tables {
-    /// Nothing known; as many threads as given, else as many as there are processors.
+    /// Nothing known; as many threads as given, else [`MANY_THREADS`], or one for each processor if that is more.
     pub fn new(threads: Option<NonZeroUsize>) -> Tables {
-        let threads = threads.or_else(|| std::thread::available_parallelism().ok());
-        Tables { threads: threads.unwrap_or(NonZeroUsize::MIN), ..Tables::default() }
+        let processors = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        Tables { threads: threads.unwrap_or_else(|| processors().max(MANY_THREADS)), ..Tables::default() }
     }
 }
 

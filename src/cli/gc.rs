@@ -61,7 +61,7 @@ pub(super) struct GcArgs {
     /// Free the bytes at once; for a registry that is stopped or read-only
     #[arg(long)]
     now: bool,
-    /// How many threads look at the store; as many as there are processors if not given
+    /// How many threads look at the store; if not given 32, which pays on a cold disk, or one for each processor
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
     /// Keep parsed manifests there, in a dry run as well; by default inside the store, unless it is a dry run
