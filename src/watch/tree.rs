@@ -60,9 +60,11 @@ impl Tree {
             };
             let flags = event.events();
             if flags.contains(ReadFlags::QUEUE_OVERFLOW) {
-                // Directories may have come of which nobody told.
-                *self = Tree::new(&self.root)?;
-                return Ok(Changes { everything: true, ..Changes::default() });
+                // Directories may have come, moved or gone of which nobody told. The descriptor stays: others wait for it.
+                self.places.clear();
+                self.add(PathBuf::new())?;
+                changes.everything = true;
+                continue;
             }
             if flags.contains(ReadFlags::IGNORED) {
                 self.places.remove(&event.wd());
@@ -194,5 +196,29 @@ mod tests {
         assert!(changes.repositories.is_empty() && tree.changes().unwrap().trash);
         fs::remove_dir_all(&to).unwrap();
         assert!(tree.changes().unwrap().namespaces.contains(Path::new("b")));
+    }
+
+    #[test]
+    fn after_lost_events_it_goes_on_with_the_same_descriptor() {
+        let root = tempfile::tempdir().unwrap();
+        let tags = root.path().join("repositories/app/_manifests/tags");
+        fs::create_dir_all(&tags).unwrap();
+        let mut tree = Tree::new(root.path()).unwrap();
+        let waiting = tree.events().try_clone_to_owned().unwrap();
+        let is_ready = || {
+            let mut fds = [rustix::event::PollFd::new(&waiting, rustix::event::PollFlags::IN)];
+            rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())).unwrap() == 1
+        };
+        let limit = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap();
+        // Each is at least one event.
+        for at in 0..=limit.trim().parse::<usize>().unwrap() {
+            fs::write(tags.join(at.to_string()), "").unwrap();
+        }
+        fs::create_dir(tags.join("unseen")).unwrap();
+        assert!(is_ready() && tree.changes().unwrap().everything && !is_ready());
+        fs::write(tags.join("unseen/link"), "x").unwrap();
+        let app = Changes { repositories: [PathBuf::from("app")].into(), ..Changes::default() };
+        assert!(is_ready());
+        assert_eq!(tree.changes().unwrap(), app);
     }
 }
