@@ -69,8 +69,8 @@ pub struct Engine {
     is_heal_due: AtomicBool,
     healed: Mutex<Looked>,
     watch: Mutex<Option<Watch>>,
-    /// The first catalog, until what it says is kept for the next mount.
-    unkept: Mutex<Option<(Catalog, News)>>,
+    /// The first catalog and the links known before, until what is news is kept for the next mount.
+    unkept: Mutex<Option<(Catalog, Catalog)>>,
     listener: Mutex<Option<Arc<dyn Listener>>>,
 }
 
@@ -141,13 +141,10 @@ impl Engine {
     /// Looks at the storage for the first time.
     pub fn new(store: Arc<dyn Store>, settings: Settings) -> Result<Engine> {
         let began = Instant::now();
-        let mut tables = Tables::new(None);
-        let mut known = cache::load(&*store, &CachePlace::Store, &tables);
-        tables.known = Arc::new(std::mem::take(&mut known.manifests));
-        let mut catalog = scan(&*store, &tables, Some(&known.links));
+        let (mut tables, links) = cache::load(&*store, &CachePlace::Store, &Tables::new(None));
+        let mut catalog = scan(&*store, &tables, Some(&links));
         let is_worth_keeping = catalog.manifests.len() >= WORTH_KEEPING && !settings.read_only;
-        let unkept = is_worth_keeping.then(|| (catalog.clone(), News::of(&catalog, &known)));
-        drop(known);
+        let unkept = is_worth_keeping.then(|| (catalog.clone(), links));
         // All that is needed of it is in the catalog by now.
         catalog.tables.known = Arc::default();
         tables.known = Arc::default();
@@ -192,10 +189,10 @@ impl Engine {
 
     /// Keeps what manifests say for the next mount or collection, if there are many.
     pub fn keep_parsed(&self) {
-        let Some((catalog, news)) = locked(&self.unkept).take() else { return };
+        let Some((catalog, links)) = locked(&self.unkept).take() else { return };
         // A collection that has the lock keeps it by itself.
         let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else { return };
-        if let Err(e) = cache::save(&*self.store, &CachePlace::Store, &catalog, news) {
+        if let Err(e) = cache::save(&*self.store, &CachePlace::Store, &catalog, News::of(&catalog, &links)) {
             log::warn!("{e}");
         }
     }

@@ -26,7 +26,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::catalog::cache::{self, Known, News, Place};
+use crate::catalog::cache::{self, News, Place};
 use crate::catalog::scan::{Depth, scan_once, scan_strictly};
 use crate::catalog::{Catalog, Effect, Keeps, Tables};
 use crate::error::{Error, Result};
@@ -115,16 +115,19 @@ pub fn run(
     author: &Author,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    let mut known = options.cache.as_ref().map(|place| cache::load(store, place, tables));
-    let manifests = known.as_mut().map(|known| Arc::new(std::mem::take(&mut known.manifests)));
-    let mut tables = Tables { known: manifests.unwrap_or_else(|| tables.known.clone()), ..tables.clone() };
-    let links = known.as_ref().map(|known| &known.links);
+    let (mut tables, links) = match &options.cache {
+        Some(place) => {
+            let (tables, links) = cache::load(store, place, tables);
+            (tables, Some(links))
+        }
+        None => (tables.clone(), None),
+    };
     let policy = Policy::new(options, SystemTime::now());
     if options.dry_run {
         progress.phase("mark", 0);
-        let mut catalog = judged(scan_once(store, &tables, links, depth(options))?, options);
-        save_cache(store, options, &catalog, known.as_ref());
-        drop(known);
+        let mut catalog = judged(scan_once(store, &tables, links.as_ref(), depth(options))?, options);
+        save_cache(store, options, &catalog, links.as_ref());
+        drop(links);
         // All that is needed of it is in the catalog by now.
         catalog.tables.known = Arc::default();
         tables.known = Arc::default();
@@ -134,9 +137,9 @@ pub fn run(
     }
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("mark", 0);
-    let (catalog, restored) = give_back(store, &tables, links, options)?;
-    save_cache(store, options, &catalog, known.as_ref());
-    drop(known);
+    let (catalog, restored) = give_back(store, &tables, links.as_ref(), options)?;
+    save_cache(store, options, &catalog, links.as_ref());
+    drop(links);
     progress.phase("plan", 0);
     let plan = Plan::new(store, &catalog, &policy)?;
 
@@ -168,10 +171,10 @@ fn depth(options: &Options) -> Depth {
 }
 
 /// Keeps what was found out; a cache that can't be written costs the next run some time, and nothing else.
-fn save_cache(store: &dyn Store, options: &Options, catalog: &Catalog, known: Option<&Known>) {
+fn save_cache(store: &dyn Store, options: &Options, catalog: &Catalog, links: Option<&Catalog>) {
     let place = options.cache.as_ref().filter(|place| !options.dry_run || **place != Place::Store);
-    if let (Some(place), Some(known)) = (place, known)
-        && let Err(e) = cache::save(store, place, catalog, News::of(catalog, known))
+    if let (Some(place), Some(links)) = (place, links)
+        && let Err(e) = cache::save(store, place, catalog, News::of(catalog, links))
     {
         log::warn!("{e}");
     }

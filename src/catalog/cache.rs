@@ -20,6 +20,9 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use super::intern::DigestId;
 use super::{Catalog, Manifests, Tables};
@@ -42,14 +45,6 @@ pub enum Place {
     Directory(PathBuf),
 }
 
-/// What the cache knows.
-pub struct Known {
-    /// What manifests say.
-    pub manifests: Manifests,
-    /// Tags and revisions as they were; nothing else is in this catalog. For a scan to compare with.
-    pub links: Catalog,
-}
-
 /// Which files are to be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct News {
@@ -58,21 +53,22 @@ pub struct News {
 }
 
 impl News {
-    /// Compares what a scan found with what was known.
-    pub fn of(found: &Catalog, known: &Known) -> News {
-        News { manifests: manifests::is_news(found), links: links::is_news(found, &known.links) }
+    /// Compares what a scan found with what [`load`] gave it.
+    pub fn of(found: &Catalog, links: &Catalog) -> News {
+        News { manifests: manifests::is_news(found), links: links::is_news(found, links) }
     }
 }
 
-/// What the cache knows; nothing where there is none. Never fails: a cache that can't be read is written anew.
-pub fn load(store: &dyn Store, place: &Place, tables: &Tables) -> Known {
-    let mut known =
-        Known { manifests: Manifests::new(), links: Catalog { tables: tables.clone(), ..Catalog::empty() } };
+/// What the cache knows; nothing where there is none: the tables with what manifests say, and tags and revisions as they
+/// were, with nothing else in that catalog. Never fails: a cache that can't be read is written anew.
+pub fn load(store: &dyn Store, place: &Place, tables: &Tables) -> (Tables, Catalog) {
+    let mut known = Manifests::new();
     each_block(store, place, manifests::FILE, manifests::MAGIC, &mut |block| {
-        manifests::read(block, &mut known.manifests, tables)
+        manifests::read(block, &mut known, tables)
     });
-    each_block(store, place, links::FILE, links::MAGIC, &mut |block| links::read(block, &mut known.links));
-    known
+    let mut links = Catalog { tables: tables.clone(), ..Catalog::empty() };
+    each_block(store, place, links::FILE, links::MAGIC, &mut |block| links::read(block, &mut links));
+    (Tables { known: Arc::new(known), ..tables.clone() }, links)
 }
 
 /// Keeps what `catalog` knows, as far as it is news.
@@ -290,18 +286,32 @@ impl Digests {
         Digests { numbers, sha256, others }
     }
 
-    /// The other way round; `None` where one is none.
-    fn intern(sha256: &[u8], others: &[&str], tables: &Tables) -> Option<Vec<DigestId>> {
-        let (sha256, rest) = sha256.as_chunks::<32>();
+    fn list(&self) -> DigestList<'_> {
+        DigestList { sha256: &self.sha256, others: self.others.iter().map(String::as_str).collect() }
+    }
+}
+
+/// The same in a file; the place in it is the number.
+#[derive(Serialize, Deserialize)]
+struct DigestList<'a> {
+    sha256: &'a [u8],
+    #[serde(borrow)]
+    others: Vec<&'a str>,
+}
+
+impl DigestList<'_> {
+    /// `None`: one is none.
+    fn intern(&self, tables: &Tables) -> Option<Vec<DigestId>> {
+        let (sha256, rest) = self.sha256.as_chunks::<32>();
         if !rest.is_empty() {
             return None;
         }
-        let mut digests: Vec<DigestId> = Vec::with_capacity(sha256.len() + others.len());
+        let mut digests: Vec<DigestId> = Vec::with_capacity(sha256.len() + self.others.len());
         for sha256 in sha256.chunks(512) {
             let sha256 = sha256.iter().map(|bytes| Digest::from_bytes(Algorithm::Sha256, bytes));
             digests.extend(tables.digests.intern_all(&sha256.collect::<Vec<Digest>>()));
         }
-        for text in others {
+        for text in &self.others {
             digests.push(tables.digests.intern(&text.parse().ok()?));
         }
         Some(digests)

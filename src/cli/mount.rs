@@ -170,13 +170,10 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     let root = store.full(Path::new(""));
     let watch = Watch::of_filesystem(&root);
     let engine = Arc::new(Engine::new(Arc::new(store), settings)?);
-    let is_watching = match watch {
-        Ok(watch) => engine.watch(watch).map(|()| true)?,
-        Err(e) => {
-            log::debug!("could not watch the filesystem: {e}");
-            false
-        }
-    };
+    match watch {
+        Ok(watch) => engine.watch(watch)?,
+        Err(e) => log::debug!("could not watch the filesystem: {e}"),
+    }
     // As it was given: `mount -a` looks for the line of fstab among the mounts.
     let source =
         std::path::absolute(&args.store).map_err(|e| Error::io("find the storage", &args.store, e))?;
@@ -187,7 +184,7 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     if args.daemon {
         detach(log_file)?;
     }
-    if !is_watching {
+    if !engine.is_watching() {
         let watching = engine.clone();
         in_background("watch", move || watch_directories(&watching, &root));
     }

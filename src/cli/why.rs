@@ -1,7 +1,6 @@
 //! `regfs why`
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
@@ -48,10 +47,8 @@ trash: [{id, bytes, manifest_of, layer_links}], obstacles (why no collection run
 
 pub(super) fn run(args: &WhyArgs, environment: Environment<'_>) -> Result<Outcome> {
     let store = open(&args.store, environment)?;
-    let tables = Tables::new(None);
-    let known = cache::load(&store, &Place::Store, &tables);
-    let tables = Tables { known: Arc::new(known.manifests), ..tables };
-    let catalog = scan(&store, &tables, Some(&known.links));
+    let (tables, links) = cache::load(&store, &Place::Store, &Tables::new(None));
+    let catalog = scan(&store, &tables, Some(&links));
     let mark = mark::mark(&catalog, &Untagged::new());
     let (grace, now) = (args.grace, SystemTime::now());
     let facts = why::Facts { store: &store, catalog: &catalog, mark: &mark, grace, now };

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Digests, NEWS};
+use super::{DigestList, Digests, NEWS};
 use crate::catalog::{Catalog, Repository, Revision, Tag};
 use crate::store::Version;
 
@@ -27,11 +27,8 @@ const BLOCK: usize = 4096;
 struct Block<'a> {
     /// When the scan began, in nanoseconds since 1970.
     scanned_at: u64,
-    /// SHA-256 digests, 32 bytes each.
-    sha256: &'a [u8],
-    /// Digests of other sorts; their numbers follow those of `sha256`.
     #[serde(borrow)]
-    others: Vec<&'a str>,
+    digests: DigestList<'a>,
     #[serde(borrow)]
     repositories: Vec<Links<'a>>,
 }
@@ -51,7 +48,7 @@ pub(super) fn read(block: &[u8], links: &mut Catalog) -> Result<(), String> {
     let block: Block<'_> = postcard::from_bytes(block).map_err(|e| e.to_string())?;
     let wrong = || "a block holds numbers out of range".to_string();
     let tables = &links.tables;
-    let digests = Digests::intern(block.sha256, &block.others, tables).ok_or_else(wrong)?;
+    let digests = block.digests.intern(tables).ok_or_else(wrong)?;
     let digest = |number: u32| digests.get(number as usize).copied().ok_or_else(wrong);
     for of in block.repositories {
         let mut repository =
@@ -138,8 +135,7 @@ fn block(catalog: &Catalog, repositories: &[&Repository]) -> postcard::Result<Ve
     let since_epoch = catalog.scanned_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     postcard::to_allocvec(&Block {
         scanned_at: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
-        sha256: &digests.sha256,
-        others: digests.others.iter().map(String::as_str).collect(),
+        digests: digests.list(),
         repositories: all,
     })
 }
@@ -200,16 +196,16 @@ mod tests {
         let store = store();
         let first = at_rest(&store);
         save(&store, &Place::Store, &first, LINKS).unwrap();
-        let known = load(&store, &Place::Store, &Tables::default());
+        let links = load(&store, &Place::Store, &Tables::default()).1;
         let known_as = |of: &Catalog| {
             let repository = of.repository(Path::new("a/b")).unwrap();
             (repository.tags.len(), repository.revisions.len(), target(of))
         };
-        assert_eq!(known_as(&known.links), (1, 2, digest("{}")));
-        assert!(!is_news(&scan(&store, &known.links.tables, Some(&known.links)), &known.links));
+        assert_eq!(known_as(&links), (1, 2, digest("{}")));
+        assert!(!is_news(&scan(&store, &links.tables, Some(&links)), &links));
 
         // That it was not read shows in a catalog that remembers something else.
-        let mut forged = known.links.clone();
+        let mut forged = links.clone();
         let mut repository = (**forged.repository(Path::new("a/b")).unwrap()).clone();
         repository.tags[0].target = Some(forged.tables.digests.intern(&digest("[]")));
         forged.repositories.insert("a/b".into(), Arc::new(repository));
@@ -230,9 +226,9 @@ mod tests {
         let says_so = |catalog: &Catalog| catalog.problems.iter().any(|p| p.path == link);
         assert!(says_so(&first));
         save(&store, &Place::Store, &first, LINKS).unwrap();
-        let known = load(&store, &Place::Store, &Tables::default());
-        assert_eq!(known.links.repository(Path::new("a/b")).unwrap().revisions.len(), 1);
-        assert!(says_so(&scan(&store, &known.links.tables, Some(&known.links))));
+        let links = load(&store, &Place::Store, &Tables::default()).1;
+        assert_eq!(links.repository(Path::new("a/b")).unwrap().revisions.len(), 1);
+        assert!(says_so(&scan(&store, &links.tables, Some(&links))));
         assert!(says_so(&scan(&store, &first.tables, Some(&first))), "nor is it taken over from a scan");
     }
 
@@ -245,7 +241,7 @@ mod tests {
         save(&store, &place, &first, LINKS).unwrap();
         let path = directory.path().join(FILE);
         let whole = fs::read(&path).unwrap();
-        let is_empty = || load(&store, &place, &Tables::default()).links.repositories.is_empty();
+        let is_empty = || load(&store, &place, &Tables::default()).1.repositories.is_empty();
         assert!(!is_empty());
         for at in 0..whole.len() {
             let mut damaged = whole.clone();

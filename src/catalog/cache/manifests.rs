@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Digests, NEWS, Numbers};
+use super::{DigestList, Digests, NEWS, Numbers};
 use crate::catalog::intern::{DigestId, NameId};
 use crate::catalog::{Catalog, Descriptor, Manifest, Manifests, Parsed, Rare, Tables};
 use crate::manifest::Kind;
@@ -29,11 +29,8 @@ struct Block<'a> {
     /// Media types and the like.
     #[serde(borrow)]
     names: Vec<&'a str>,
-    /// SHA-256 digests, 32 bytes each.
-    sha256: &'a [u8],
-    /// Digests of other sorts; their numbers follow those of `sha256`.
     #[serde(borrow)]
-    others: Vec<&'a str>,
+    digests: DigestList<'a>,
     #[serde(borrow)]
     manifests: Vec<Entry<'a>>,
 }
@@ -73,7 +70,7 @@ pub(super) fn read(block: &[u8], manifests: &mut Manifests, tables: &Tables) -> 
 impl Block<'_> {
     /// `None`: a number is out of range.
     fn into_manifests(self, manifests: &mut Manifests, tables: &Tables) -> Option<()> {
-        let digests = Digests::intern(self.sha256, &self.others, tables)?;
+        let digests = self.digests.intern(tables)?;
         let names: Vec<NameId> =
             self.names.iter().map(|name| tables.names.intern(OsStr::new(name))).collect();
         let digest = |n: u32| digests.get(n as usize).copied();
@@ -176,12 +173,10 @@ fn block(catalog: &Catalog, ids: &[DigestId]) -> postcard::Result<Vec<u8>> {
         });
     }
     let texts: Vec<Arc<OsStr>> = names.1.iter().map(|id| tables.names.get(*id)).collect();
-    let others: Vec<&str> = digests.others.iter().map(String::as_str).collect();
     postcard::to_allocvec(&Block {
         // Media types come from JSON strings, so they are text.
         names: texts.iter().map(|text| text.to_str().unwrap_or_default()).collect(),
-        sha256: &digests.sha256,
-        others,
+        digests: digests.list(),
         manifests: entries,
     })
 }
@@ -266,9 +261,8 @@ mod tests {
         for place in [Place::Store, Place::Directory(directory.path().join("new"))] {
             save(&store, &place, &first, ALL).unwrap();
             let tables = Tables::default();
-            let known = load(&store, &place, &tables).manifests;
-            assert_eq!(known.len(), 3);
-            let tables = Tables { known: Arc::new(known), ..tables };
+            let tables = load(&store, &place, &tables).0;
+            assert_eq!(tables.known.len(), 3);
             let second = scan(&store, &tables, None);
             assert_eq!(texts(&second), texts(&first));
             assert!(
@@ -293,13 +287,13 @@ mod tests {
             let mut damaged = whole.clone();
             damaged[at] ^= 1;
             fs::write(&path, &damaged).unwrap();
-            assert!(load(&store, &place, &Tables::default()).manifests.is_empty(), "byte {at}");
+            assert!(load(&store, &place, &Tables::default()).0.known.is_empty(), "byte {at}");
             fs::write(&path, &whole[..at]).unwrap();
-            assert!(load(&store, &place, &Tables::default()).manifests.is_empty(), "cut at {at}");
+            assert!(load(&store, &place, &Tables::default()).0.known.is_empty(), "cut at {at}");
         }
         // The next run writes it anew.
         save(&store, &place, &first, ALL).unwrap();
-        assert_eq!(load(&store, &place, &Tables::default()).manifests.len(), 3);
+        assert_eq!(load(&store, &place, &Tables::default()).0.known.len(), 3);
     }
 
     #[test]
@@ -311,7 +305,7 @@ mod tests {
         let digest = first.digest(gone);
         assert!(store.remove(&[layout::blob_data(&digest)]).is_empty());
         let tables = Tables::default();
-        let tables = Tables { known: Arc::new(load(&store, &Place::Store, &tables).manifests), ..tables };
+        let tables = load(&store, &Place::Store, &tables).0;
         let second = scan(&store, &tables, None);
         let id = tables.digests.find(&digest).unwrap();
         assert!(matches!(*second.manifests[&id], Manifest::Missing));
