@@ -372,7 +372,8 @@ Each cell is what the owner of the mount gets; `tests/errno.rs` tries them all o
 - A read-only mount answers `EROFS` to whatever would change something, unless the operation is wrong for such a node
   anyway. Another user (`--allow-other`) gets `EACCES` or `EPERM` there, and `EACCES` for everything in `control/`.
 - `EROFS` stands for what can never be changed here. It is never `EXDEV` inside the mount, after which `mv` would copy
-  and then delete. Out of the mount it is, and `mv` copies the image's bytes, then removes the tag or manifest.
+  and then delete. Out of the mount it is: `mv` copies what it was given, the symlink of a tag or the one file of a
+  manifest and not the image, and removes it here as `rm` does. The trash has it.
 - `EPERM`, where removing means nothing: a sweep takes blobs, not `rm`; control files stay.
 - `EBUSY`: an index that stays holds the manifest (remove the index's tag first), another regfs is changing the store, or
   an upload is younger than the grace period.
@@ -382,7 +383,7 @@ Each cell is what the owner of the mount gets; `tests/errno.rs` tries them all o
 - `EOPNOTSUPP` for extended attributes: there are none, and `ls`, `cp -a` and `rsync -X` stay silent about it.
 - `ok` of `chown` and `touch` means that nothing happened: `cp -a` and `rsync` give what they made the owner it has, and
   times, in the place of which a tag keeps the time of its push.
-- `ok` of `mkdir` is a repository to be: it is there until something is tagged in it, or the mount ends.
+- `ok` of `mkdir` is a repository to be: an empty directory in the store, which stays until `rmdir` or a sweep takes it.
 ";
 
 #[test]
