@@ -8,6 +8,7 @@ mod mount;
 mod mount_options;
 mod output;
 mod progress;
+mod registry;
 mod sample;
 mod trash;
 mod why;
@@ -21,7 +22,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 use crate::error::{Error, Result};
-use crate::registry_config;
+use crate::registry_config::{self, StoreArgument};
 use crate::store::disk::Disk;
 use crate::view::control::parse_duration;
 
@@ -135,8 +136,8 @@ enum Outcome {
     Unfinished,
 }
 
-/// The storage root that a `<STORE>` argument means.
-fn storage_root(argument: &Path, environment: Environment<'_>) -> Result<PathBuf> {
+/// What a `<STORE>` argument means.
+fn store_argument(argument: &Path, environment: Environment<'_>) -> Result<StoreArgument> {
     let resolved = registry_config::resolve(argument, environment)?;
     if let Some(config) = &resolved.from_config {
         let by = match resolved.overridden_by.as_slice() {
@@ -145,12 +146,12 @@ fn storage_root(argument: &Path, environment: Environment<'_>) -> Result<PathBuf
         };
         log::info!("{}: the storage is {}{by}", config.display(), resolved.storage_root.display());
     }
-    Ok(resolved.storage_root)
+    Ok(resolved)
 }
 
 /// Opens the store that a `<STORE>` argument means.
 fn open(argument: &Path, environment: Environment<'_>) -> Result<Disk> {
-    Disk::open(&storage_root(argument, environment)?)
+    Disk::open(&store_argument(argument, environment)?.storage_root)
 }
 
 /// Writes a result to stdout.

@@ -25,9 +25,11 @@ use crate::catalog::intern::DigestId;
 use crate::catalog::scan::scan;
 use crate::catalog::{Catalog, Tables};
 use crate::error::{Error, Result};
+use crate::gc::guard::gate::{Gate, Said};
 use crate::gc::report::{Place, timestamp};
-use crate::gc::{self, Options, guard};
+use crate::gc::{self, Options, give_back};
 use crate::progress::Watched;
+use crate::registries::Known;
 use crate::store::Store;
 use crate::trash::{self, Author};
 use crate::view::control::{self, GcCommand, TrashCommand};
@@ -71,6 +73,7 @@ pub struct Engine {
     watch: Mutex<Option<Watch>>,
     /// The first catalog and the links known before, until what is news is kept for the next mount.
     unkept: Mutex<Option<(Catalog, Catalog)>>,
+    registries: Known,
     listener: Mutex<Option<Arc<dyn Listener>>>,
 }
 
@@ -183,8 +186,14 @@ impl Engine {
             healed: Mutex::new(Looked { at: Instant::now(), cost: Duration::ZERO }),
             watch: Mutex::default(),
             unkept: Mutex::new(unkept),
+            registries: Known::default(),
             listener: Mutex::default(),
         })
+    }
+
+    /// The same, with what is known of the registries that serve the store.
+    pub fn with_registries(self, registries: Known) -> Engine {
+        Engine { registries, ..self }
     }
 
     /// Keeps what manifests say for the next mount or collection, if there are many.
@@ -253,7 +262,7 @@ impl Engine {
         // Whoever has the lock may have looked before the push; it is our turn when they are done.
         let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else { return (catalog, None) };
         let look = |previous: &Catalog| Ok(scan(&*self.store, &self.tables, Some(previous)));
-        match guard::give_back(&*self.store, catalog.clone(), &look) {
+        match give_back::give_back(&*self.store, catalog.clone(), &look) {
             Ok((catalog, restored)) => {
                 let count = restored.len();
                 let author = Author::current("regfs mount");
@@ -403,8 +412,14 @@ impl Engine {
         result
     }
 
+    /// What a command leaves out.
+    pub(crate) fn defaults(&self) -> Options {
+        let Settings { grace, drain, keep, .. } = self.settings;
+        Options { grace, drain, keep, ..Options::default() }
+    }
+
     fn gc_command(self: &Arc<Engine>, text: &str, author: &Author) -> Result<()> {
-        let defaults = Options { grace: self.settings.grace, keep: self.settings.keep, ..Options::default() };
+        let defaults = self.defaults();
         match control::parse_gc(text, &defaults)? {
             GcCommand::Stop => {
                 if !self.run.is_running.load(Ordering::SeqCst) {
@@ -414,18 +429,18 @@ impl Engine {
                 self.note(author, "command", "stop", "the collection ends after its current step");
                 Ok(())
             }
-            GcCommand::Run(options, background) => {
+            GcCommand::Run(options, said, background) => {
                 if self.run.is_running.swap(true, Ordering::SeqCst) {
                     let why = "a collection is running; see control/status, or write stop".to_string();
                     return Err(Error::Busy { why });
                 }
                 self.run.watched.begin();
                 if !background {
-                    return self.collect(&options, author);
+                    return self.collect(options, said, author);
                 }
                 let (engine, author) = (self.clone(), author.clone());
                 let run = move || {
-                    if let Err(e) = engine.collect(&options, &author) {
+                    if let Err(e) = engine.collect(options, said, &author) {
                         engine.failed(&e.to_string());
                         if !matches!(e, Error::Unfinished { .. }) {
                             locked(&engine.reports).gc = format!("{e}\n");
@@ -443,8 +458,13 @@ impl Engine {
     }
 
     /// Runs a collection; `is_running` was set by the caller.
-    fn collect(&self, options: &Options, author: &Author) -> Result<()> {
+    fn collect(&self, options: Options, said: Said, author: &Author) -> Result<()> {
         let running = Running(&self.run);
+        let gate = match self.registries.gate(said) {
+            Err(_) if options.dry_run => Gate::unknown(),
+            gate => gate?,
+        };
+        let options = &Options { gate, ..options };
         let result = gc::run(&*self.store, &self.tables, options, author, &self.run.watched);
         if !options.dry_run {
             self.publish_anew();

@@ -10,8 +10,10 @@
 //! 4. Taking is moving to the trash, in the order tag → revision → layer link → blob with a sync between the steps,
 //!    so that the registry is valid at every instant; then the rest of the leftovers. Only a purge removes bytes; a
 //!    sweep itself removes nothing but directories with nothing in them.
-//! 5. What a manifest names again is given back before anything else ([`guard`]).
+//! 5. What a manifest names again is given back before anything else ([`give_back`]).
+//! 6. Unless it is said that no registry runs, blobs go in steps, a run for each ([`guard`]).
 
+pub mod give_back;
 pub mod guard;
 pub mod leftovers;
 pub mod mark;
@@ -29,17 +31,20 @@ use std::time::{Duration, SystemTime};
 use crate::catalog::cache::{self, News, Place};
 use crate::catalog::scan::{Depth, scan_once, scan_strictly};
 use crate::catalog::{Catalog, Effect, Keeps, Tables};
+use crate::clock::Moment;
 use crate::error::{Error, Result};
 pub use crate::progress::{Progress, Unwatched};
 use crate::store::Store;
 use crate::trash::purge::Purged;
 use crate::trash::undo::Undone;
 use crate::trash::{self, Author, Selection};
+use guard::gate::Gate;
+use guard::{DEFAULT_DRAIN, Round};
 use plan::{Plan, Policy};
 use report::{Mode, Report};
 
 /// What a run is asked to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// Say what would be done, change nothing.
     pub dry_run: bool,
@@ -65,6 +70,10 @@ pub struct Options {
     pub keep: Duration,
     /// Free the bytes at once, for a registry that is stopped or read-only.
     pub now: bool,
+    /// What is known of the registries that may be running.
+    pub gate: Gate,
+    /// How long a request to one of them may be under way.
+    pub drain: Duration,
     /// In a dry run, don't read tags: what only a tag names whose manifest was deleted is counted, although a sweep
     /// leaves it.
     pub quick: bool,
@@ -94,9 +103,30 @@ impl Default for Options {
             grace: DEFAULT_GRACE,
             keep: DEFAULT_KEEP,
             now: false,
+            gate: Gate::unknown(),
+            drain: DEFAULT_DRAIN,
             quick: false,
             cache: None,
         }
+    }
+}
+
+impl Options {
+    /// As they are meant beside a registry: nothing is younger than a request that is under way.
+    fn settled(&self) -> Result<Options> {
+        if !self.gate.is_beside() {
+            return Ok(self.clone());
+        }
+        if self.now && !self.dry_run {
+            return Err(Error::invalid(format!(
+                "now frees the bytes at once, which loses images unless no registry runs or each is read-only: stop it and say \
+                 registry-stopped, too, or leave out now ({})",
+                self.gate
+            )));
+        }
+        let at_least = |time: Duration| time.max(self.drain);
+        let (grace, keep) = (at_least(self.grace), at_least(self.keep));
+        Ok(Options { grace, keep, uploads: at_least(self.uploads), ..self.clone() })
     }
 }
 
@@ -122,8 +152,8 @@ pub fn run(
         }
         None => (tables.clone(), None),
     };
-    let policy = Policy::new(options, SystemTime::now());
     if options.dry_run {
+        let policy = Policy::new(options, SystemTime::now());
         progress.phase("mark", 0);
         let mut catalog = judged(scan_once(store, &tables, links.as_ref(), depth(options))?, options);
         save_cache(store, options, &catalog, links.as_ref());
@@ -133,9 +163,14 @@ pub fn run(
         tables.known = Arc::default();
         progress.phase("plan", 0);
         let plan = Plan::new(store, &catalog, &policy)?;
-        return Report::new(store, Mode::DryRun, options, policy.now, &catalog, Arc::new(plan));
+        let mut report = Report::new(store, Mode::DryRun, options, policy.now, &catalog, Arc::new(plan))?;
+        report.set_states(store, &tables, policy.now)?;
+        return Ok(report);
     }
+    let options = &options.settled()?;
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
+    // Before the look: what was under way then, it may not see.
+    let (look, policy) = (Moment::now(), Policy::new(options, SystemTime::now()));
     progress.phase("mark", 0);
     let (catalog, restored) = give_back(store, &tables, links.as_ref(), options)?;
     save_cache(store, options, &catalog, links.as_ref());
@@ -144,18 +179,29 @@ pub fn run(
     let plan = Plan::new(store, &catalog, &policy)?;
 
     progress.phase("re-check", 0);
-    let catalog = judged(scan_strictly(store, &tables, Some(&catalog))?, options);
-    let plan = Arc::new(plan.confirmed(store, &catalog, &policy)?);
+    let (catalog, restored_since) = give_back(store, &tables, Some(&catalog), options)?;
+    let plan = plan.confirmed(store, &catalog, &policy)?;
     if progress.is_stopped() {
         return Err(Error::Busy { why: "stopped before the first change".to_string() });
     }
-    let mut report = Report::new(store, Mode::Sweep, options, policy.now, &catalog, plan.clone())?;
+    let mut report;
+    if options.gate.is_beside() {
+        guard::go_on(store)?;
+        let round = Round { store, catalog: &catalog, options, policy: &policy, look: &look };
+        let course = round.decide(plan)?;
+        let plan = Arc::new(course.plan.clone());
+        report = Report::new(store, Mode::Sweep, options, policy.now, &catalog, plan)?;
+        report.set_taken(round.act(&course, author, progress)?);
+    } else {
+        let plan = Arc::new(plan);
+        report = Report::new(store, Mode::Sweep, options, policy.now, &catalog, plan.clone())?;
+        report.set_taken(sweep::take(store, &catalog, &plan, options, author, progress)?);
+    }
     report.set_restored(&restored);
-    let taken = sweep::take(store, &catalog, &plan, options, author, progress)?;
-    report.set_taken(taken);
+    report.set_restored(&restored_since);
 
     // Things were taken by now: whatever fails from here on belongs into the report of that.
-    if let Err(e) = finish(store, &tables, &catalog, options, policy.now, progress, &mut report) {
+    if let Err(e) = finish(store, &tables, &catalog, options, &policy, &look, progress, &mut report) {
         report.failures.push(e.to_string());
     }
     report.finished_at = SystemTime::now();
@@ -194,10 +240,31 @@ pub fn purge_trash(
     selection: &Selection,
 ) -> Result<Purged> {
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
+    let look = Moment::now();
     let (_, restored) = give_back(store, tables, None, &Options::default())?;
     let doomed = selection.of(store, SystemTime::now())?;
-    let purged = trash::purge::purge(store, &doomed, &Unwatched)?;
+    let (doomed, kept) = purgeable(store, doomed, &look, Duration::ZERO)?;
+    let mut purged = trash::purge::purge(store, &doomed, &Unwatched)?;
+    purged.kept.extend(kept);
     Ok(Purged { restored, ..purged })
+}
+
+/// Those of the transactions `ids` that a sweep beside a registry has done with, and why others stay; `look` is when the
+/// look began that found nothing of them in use.
+fn purgeable(
+    store: &dyn Store,
+    ids: Vec<String>,
+    look: &Moment,
+    keep: Duration,
+) -> Result<(Vec<String>, Vec<String>)> {
+    let (mut doomed, mut kept) = (Vec::new(), Vec::new());
+    for id in ids {
+        match trash::read(store, &id)?.is_waiting(look, keep) {
+            None => doomed.push(id),
+            Some(why) => kept.push(format!("{id}: {why}")),
+        }
+    }
+    Ok((doomed, kept))
 }
 
 /// Looks at the store, at what changed if there is a `previous` look, and gives back what is in use again; the catalog
@@ -209,7 +276,7 @@ fn give_back(
     options: &Options,
 ) -> Result<(Catalog, Vec<PathBuf>)> {
     let look = |previous: Option<&Catalog>| Ok(judged(scan_strictly(store, tables, previous)?, options));
-    guard::give_back(store, look(previous)?, &|previous| look(Some(previous)))
+    give_back::give_back(store, look(previous)?, &|previous| look(Some(previous)))
 }
 
 /// The catalog as the caller wants it judged: with `ignore_damaged` no damage keeps what it might hold.
@@ -232,12 +299,14 @@ fn judged(mut catalog: Catalog, options: &Options) -> Catalog {
 
 /// Gives back what a push relies on that came meanwhile, then purges what the trash has kept long enough and, with
 /// `now`, what was just taken.
+#[allow(clippy::too_many_arguments, reason = "the end of one function, split for reading")]
 fn finish(
     store: &dyn Store,
     tables: &Tables,
     catalog: &Catalog,
     options: &Options,
-    now: SystemTime,
+    policy: &Policy,
+    look: &Moment,
     progress: &dyn Progress,
     report: &mut Report,
 ) -> Result<()> {
@@ -249,8 +318,11 @@ fn finish(
     }
     let left = trash::ids(store)?;
     let own = report.transaction.clone().filter(|id| left.contains(id));
-    let mut doomed = Selection::Older(options.keep).of(store, now)?;
+    let mut doomed = Selection::Older(options.keep).of(store, policy.now)?;
     doomed.retain(|id| Some(id) != own.as_ref());
+    if options.gate.is_beside() {
+        doomed = purgeable(store, doomed, look, options.keep)?.0;
+    }
     if let Some(own) = own.filter(|_| options.now) {
         let ended = trash::purge::undone_only_with(store, &own)?;
         report.dropped_transactions = ended.clone();
@@ -263,5 +335,5 @@ fn finish(
         let purged = trash::purge::purge(store, &doomed, progress)?;
         report.set_purged(purged, options.now);
     }
-    Ok(())
+    report.set_states(store, tables, look.wall())
 }

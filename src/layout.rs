@@ -42,6 +42,10 @@ pub const CACHE: &str = ".regfs/cache";
 pub const NEW_FILE: &str = ".regfs/new.tmp";
 /// Transactions.
 pub const TRASH: &str = ".regfs/trash";
+/// Since when which blobs are dead.
+pub const DEAD: &str = ".regfs/dead";
+/// How far a sweep beside a running registry has come, inside its transaction.
+pub const STAGE_FILE: &str = "stage.json";
 /// The description of a transaction, inside it.
 pub const TRANSACTION_FILE: &str = "txn.json";
 

@@ -4,6 +4,7 @@
 
 pub mod catalog;
 pub mod cli;
+pub mod clock;
 pub mod digest;
 pub mod edit;
 pub mod engine;
@@ -13,6 +14,7 @@ pub mod gc;
 pub mod layout;
 pub mod manifest;
 pub mod progress;
+pub mod registries;
 pub mod registry_config;
 pub mod sample;
 pub mod store;

@@ -68,6 +68,10 @@ pub struct StoreArgument {
     pub read_only: Option<bool>,
     /// `cache.blobdescriptor`, usually `inmemory` or `redis`: the registry remembers blobs it has seen.
     pub descriptor_cache: Option<String>,
+    /// Whether it is a pull-through cache (`proxy.remoteurl`).
+    pub proxy: Option<bool>,
+    /// Where it can be asked from this machine (`http.addr`, `http.tls`).
+    pub url: Option<String>,
 }
 
 /// Finds out what `argument` means; `environment` looks up one variable.
@@ -90,6 +94,8 @@ pub fn resolve(argument: &Path, environment: &dyn Fn(&str) -> Option<OsString>) 
             delete_enabled: None,
             read_only: None,
             descriptor_cache: None,
+            proxy: None,
+            url: None,
         });
     }
     let source = Source { path: argument, overridden_by: Vec::new() };
@@ -105,7 +111,8 @@ pub fn resolve(argument: &Path, environment: &dyn Fn(&str) -> Option<OsString>) 
 
 fn from_config(mut source: Source, environment: &dyn Fn(&str) -> Option<OsString>) -> Result<StoreArgument> {
     let text = read(&source)?;
-    let mut storage = parse_storage(&source, &text)?;
+    let config = parse(&source, &text)?;
+    let mut storage = normalize_storage(&source, config.storage)?;
     for (name, keys) in VARIABLES {
         if let Some(value) = environment(name) {
             let value = parse_variable(&source, name, value)?;
@@ -131,8 +138,27 @@ fn from_config(mut source: Source, environment: &dyn Fn(&str) -> Option<OsString
             .and_then(Value::as_str)
             .filter(|kind| !kind.is_empty())
             .map(str::to_string),
+        proxy: Some(
+            config.proxy.get("remoteurl").is_some() || environment("REGISTRY_PROXY_REMOTEURL").is_some(),
+        ),
+        url: url(&config.http, environment),
         overridden_by: source.overridden_by,
     })
+}
+
+/// Where a registry answers that listens on this machine; a host that is left out, or means all of them, is this one.
+fn url(http: &Value, environment: &dyn Fn(&str) -> Option<OsString>) -> Option<String> {
+    let variable = environment("REGISTRY_HTTP_ADDR").and_then(|value| value.into_string().ok());
+    let address = variable.or_else(|| http.get("addr").and_then(Value::as_str).map(str::to_string))?;
+    let (host, port) = address.rsplit_once(':')?;
+    let port: u16 = port.parse().ok()?;
+    let host = match host {
+        "" | "0.0.0.0" | "[::]" => "127.0.0.1",
+        host => host,
+    };
+    let has_tls = http.get("tls").is_some_and(|tls| tls.as_object().is_some_and(|tls| !tls.is_empty()))
+        || environment("REGISTRY_HTTP_TLS_CERTIFICATE").is_some();
+    Some(format!("{}://{host}:{port}", if has_tls { "https" } else { "http" }))
 }
 
 /// Where the values come from, for messages.
@@ -176,18 +202,21 @@ fn read(source: &Source) -> Result<String> {
 struct Config {
     #[serde(default)]
     storage: Value,
+    #[serde(default)]
+    http: Value,
+    #[serde(default)]
+    proxy: Value,
 }
 
-fn parse_storage(source: &Source, text: &str) -> Result<Map<String, Value>> {
+fn parse(source: &Source, text: &str) -> Result<Config> {
     // An untyped first look, only when the typed one fails, tells bad YAML from YAML of another shape.
-    let config: Config = parse_yaml(text).map_err(|why| match parse_yaml::<serde::de::IgnoredAny>(text) {
+    parse_yaml(text).map_err(|why| match parse_yaml::<serde::de::IgnoredAny>(text) {
         Err(why) => source.refuse(&format!("is not valid YAML: {why}"), "correct it there"),
         Ok(_) => source.refuse(
             &format!("is no registry configuration: {why}"),
             "give a registry's storage directory or its config.yml",
         ),
-    })?;
-    normalize_storage(source, config.storage)
+    })
 }
 
 /// YAML 1.1, which is what registries read: `yes` is true, the last of two equal keys wins, `0100` is 64.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! .regfs/trash/<id>/txn.json                            who, when, why
+//! .regfs/trash/<id>/stage.json                          of a sweep beside a running registry: how far it has come
 //! .regfs/trash/<id>/repositories/…, blobs/…             what was taken, under its own path
 //! ```
 //! A transaction is a small registry tree. Taking is a rename, one thing at a time, in an order that leaves a
@@ -12,6 +13,7 @@
 //! The description is written first and never changed; a transaction without one (a crash in between) still works.
 
 pub mod purge;
+pub mod stage;
 pub mod undo;
 
 use std::path::{Path, PathBuf};
@@ -19,9 +21,12 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Moment;
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout::{self, Kind};
 use crate::store::{self, Store};
+use stage::Stage;
 
 /// Who asked for a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,7 +78,7 @@ impl Record {
 /// What a transaction of a collection is called.
 pub const SWEEP: &str = "sweep";
 /// What a crash or a full disk may leave of a description.
-const UNWRITTEN: &str = "txn.json.tmp";
+const UNWRITTEN: [&str; 2] = ["txn.json.tmp", "stage.json.tmp"];
 /// Longest description in bytes.
 const RECORD_LIMIT: usize = 1 << 20;
 
@@ -174,6 +179,8 @@ pub struct Contents {
     pub id: String,
     /// Its description, or why that can't be read.
     pub record: std::result::Result<Record, String>,
+    /// How far it has come, or why that can't be read; `None` for one that moved all it took at once.
+    pub stage: Option<std::result::Result<Stage, String>>,
     /// The files in it under the paths they came from, in order.
     pub files: Vec<PathBuf>,
 }
@@ -215,13 +222,50 @@ impl Contents {
         Ok(move_with_directory(store, &self.path_of(path), path)?.is_some())
     }
 
-    /// Removes the transaction if nothing is in it any more.
+    /// The blobs that are to follow their links here, or did.
+    pub fn staged(&self) -> &[Digest] {
+        self.stage.as_ref().and_then(|stage| stage.as_ref().ok()).map_or(&[], |stage| &stage.blobs)
+    }
+
+    /// Why its bytes can't be purged yet after a look that began at `look`; `None` when they can. What was taken at once
+    /// can as soon as the trash has kept it long enough, which is the business of the caller.
+    pub fn is_waiting(&self, look: &Moment, keep: Duration) -> Option<String> {
+        match &self.stage {
+            None => None,
+            Some(Err(why)) => Some(format!("how far it has come can't be read ({why}); undo it")),
+            Some(Ok(stage)) if stage.is_purgeable(look, keep) => None,
+            Some(Ok(stage)) => Some(match stage.step() {
+                stage::Step::Fencing | stage::Step::Fenced => {
+                    "a sweep has begun to take it and goes on with the next one; its blobs are still in the store"
+                        .to_string()
+                }
+                stage::Step::Quarantined => format!(
+                    "a request of a client that is under way may still rely on it; wait {} after it was taken",
+                    humantime::format_duration(keep.max(stage.drain))
+                ),
+            }),
+        }
+    }
+
+    /// Nothing more of it is to be taken: what is in it is all there will be.
+    pub(crate) fn end_stage(&self, store: &dyn Store) -> Result<()> {
+        match &self.stage {
+            Some(Ok(stage)) if !stage.blobs.is_empty() => {
+                Stage { blobs: Vec::new(), ..stage.clone() }.write(store, &self.id)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the transaction if nothing is in it any more, and nothing is to come.
     pub fn discard_if_empty(&self, store: &dyn Store) -> Result<()> {
-        if !read(store, &self.id)?.files.is_empty() {
+        let now = read(store, &self.id)?;
+        if !now.files.is_empty() || !now.staged().is_empty() {
             return Ok(());
         }
         let directory = layout::transaction(&self.id);
-        let failures = store.remove(&[directory.join(layout::TRANSACTION_FILE), directory.join(UNWRITTEN)]);
+        let own = [layout::TRANSACTION_FILE, layout::STAGE_FILE].into_iter().chain(UNWRITTEN);
+        let failures = store.remove(&own.map(|name| directory.join(name)).collect::<Vec<_>>());
         failures.into_iter().next().map_or(Ok(()), Err)?;
         store.prune(&directory)
     }
@@ -273,13 +317,14 @@ pub fn read(store: &dyn Store, id: &str) -> Result<Contents> {
     store::walk(store, &directory, &mut |path, _| {
         if let Ok(inside) = path.strip_prefix(&directory)
             && !inside.starts_with(layout::TRANSACTION_FILE)
-            && inside != Path::new(UNWRITTEN)
+            && inside != Path::new(layout::STAGE_FILE)
+            && !UNWRITTEN.iter().any(|name| inside == Path::new(name))
         {
             files.push(inside.to_path_buf());
         }
     })?;
     files.sort_unstable();
-    Ok(Contents { id: id.to_string(), record, files })
+    Ok(Contents { id: id.to_string(), record, stage: Stage::read(store, id)?, files })
 }
 
 fn read_record(store: &dyn Store, path: &Path) -> Result<std::result::Result<Record, String>> {

@@ -40,6 +40,8 @@ pub struct Settings {
     pub gid: u32,
     /// Youngest age that a sweep touches unless told otherwise.
     pub grace: Duration,
+    /// How long a request to a registry may be under way, unless told otherwise.
+    pub drain: Duration,
     /// How long the trash keeps things unless told otherwise.
     pub keep: Duration,
     /// When the mount began; the time of what has no other.

@@ -623,7 +623,7 @@ fn what_cannot_be_read_ends_the_run_before_the_first_change() {
             as_nobody(bin.path(), &words).outcome().exits(1).says(name.trim_end_matches('/'))
         };
         run(&["--dry-run"]);
-        run(&["--untagged", "--grace", "0", "--now"]);
+        run(&["--untagged", "--grace", "0", "--now", "--registry-stopped", "--force"]);
         fs::set_permissions(&path, mode).unwrap();
         assert!(store.blob(&sha256(b"garbage")).exists(), "{name}: nothing may be swept");
         Live::of_repository(store.root(), DAMAGED).assert_complete();
@@ -640,7 +640,9 @@ fn what_cannot_be_moved_is_reported_and_the_rest_goes() {
     }
     let dirs: Vec<PathBuf> = store.blob(&stuck).ancestors().skip(1).take(2).map(Path::to_path_buf).collect();
     dirs.iter().for_each(|dir| fs::set_permissions(dir, fs::Permissions::from_mode(0o555)).unwrap());
-    let words = [OsStr::new("gc"), store.root().as_os_str(), OsStr::new("--grace"), OsStr::new("0")];
+    let words = [OsStr::new("gc"), store.root().as_os_str()].into_iter();
+    let words: Vec<&OsStr> =
+        words.chain(["--grace", "0", "--registry-stopped", "--force"].map(OsStr::new)).collect();
     let outcome = as_nobody(bin.path(), &words).outcome();
     dirs.iter().for_each(|dir| fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap());
     let outcome = outcome.exits(3);

@@ -23,6 +23,7 @@ use memory::{
 };
 use regfs::catalog::Tables;
 use regfs::engine::Engine;
+use regfs::gc::guard::gate::Gate;
 use regfs::gc::{self, DEFAULT_KEEP, Options, Unwatched};
 use regfs::store::Store;
 use regfs::store::memory::Memory;
@@ -38,7 +39,7 @@ fn author() -> Author {
 }
 
 fn options(untagged: bool, now: bool) -> Options {
-    Options { untagged, now, grace: Duration::ZERO, ..Options::default() }
+    Options { untagged, now, grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() }
 }
 
 fn sweep(store: &dyn Store, options: &Options) -> Result<(), String> {
@@ -71,6 +72,7 @@ fn mounted(store: Arc<dyn Store>) -> Result<Arc<Engine>, String> {
         uid: 0,
         gid: 0,
         grace: Duration::ZERO,
+        drain: Duration::ZERO,
         keep: DEFAULT_KEEP,
         mounted_at: SystemTime::UNIX_EPOCH,
     };

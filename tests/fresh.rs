@@ -127,6 +127,7 @@ fn without_root_the_directories_tell_what_changes() {
         uid: 0,
         gid: 0,
         grace: Duration::ZERO,
+        drain: Duration::ZERO,
         keep: Duration::ZERO,
         mounted_at: std::time::SystemTime::now(),
     };

@@ -283,7 +283,11 @@ fn a_sweep_keeps_the_blobs_of_a_manifest_that_cannot_be_moved() {
     if common::is_root() {
         command.uid(common::NOBODY).gid(common::NOBODY);
     }
-    let outcome = command.arg("gc").arg(store.root()).args(["--untagged", "--grace", "0", "--now"]).outcome();
+    let outcome = command
+        .arg("gc")
+        .arg(store.root())
+        .args(["--untagged", "--grace", "0", "--now", "--registry-stopped", "--force"])
+        .outcome();
     fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
     outcome.exits(3);
     live.assert_intact();
@@ -451,6 +455,7 @@ fn an_undo_of_a_repair_does_not_bring_back_a_broken_tag_that_was_removed() {
 
 #[test]
 fn an_untagged_manifest_that_is_pushed_again_while_a_sweep_takes_stays_whole() {
+    use regfs::gc::guard::gate::Gate;
     use regfs::gc::{Options, Unwatched, plan, sweep};
     let store = Store::new();
     let digest = store.push(APP, None, &image("plain"));
@@ -458,7 +463,8 @@ fn an_untagged_manifest_that_is_pushed_again_while_a_sweep_takes_stays_whole() {
     let live = Live::of(store.root(), common::check::Roots::Revisions);
     let disk = regfs::store::disk::Disk::open(store.root()).unwrap();
     let catalog = regfs::catalog::scan::scan(&disk, &Default::default(), None);
-    let options = Options { untagged: true, grace: Duration::ZERO, ..Options::default() };
+    let options =
+        Options { untagged: true, grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() };
     let policy = plan::Policy::new(&options, std::time::SystemTime::now());
     let plan = plan::Plan::new(&disk, &catalog, &policy).unwrap();
     std::thread::sleep(Duration::from_millis(50));

@@ -29,6 +29,7 @@ use common::run::{Bounded, clean};
 use regfs::catalog::Tables;
 use regfs::engine::Engine;
 use regfs::error::{Error, Result};
+use regfs::gc::guard::gate::Gate;
 use regfs::gc::{self, DEFAULT_KEEP, Options, Unwatched};
 use regfs::store::disk::Disk;
 use regfs::store::{Entry, Reader, Space, Stat, Store};
@@ -257,7 +258,13 @@ impl Act {
         match self {
             Act::Sweep | Act::SweepNow => {
                 let now = matches!(self, Act::SweepNow);
-                let options = Options { untagged: true, grace: Duration::ZERO, now, ..Options::default() };
+                let options = Options {
+                    untagged: true,
+                    grace: Duration::ZERO,
+                    now,
+                    gate: Gate::Stopped,
+                    ..Options::default()
+                };
                 let report = gc::run(&*store, &Tables::default(), &options, &author, &Unwatched);
                 let report = report.unwrap_or_else(|e| panic!("{when}: the sweep: {e}"));
                 assert!(report.is_complete(), "{when}: the sweep: {:?}", report.failures);
@@ -268,6 +275,7 @@ impl Act {
                     uid: 0,
                     gid: 0,
                     grace: Duration::ZERO,
+                    drain: Duration::ZERO,
                     keep: DEFAULT_KEEP,
                     mounted_at: SystemTime::UNIX_EPOCH,
                 };

@@ -24,6 +24,7 @@ use regfs::catalog::Tables;
 use regfs::catalog::scan::scan;
 use regfs::edit;
 use regfs::error::Error;
+use regfs::gc::guard::gate::Gate;
 use regfs::gc::{self, Options, Unwatched};
 use regfs::store::Store;
 use regfs::store::memory::Memory;
@@ -892,8 +893,14 @@ impl World {
     }
 
     fn sweep(&mut self, untagged: bool, grace: u64, now: bool) -> Result<bool, String> {
-        let options =
-            Options { untagged, now, grace: self.grace(grace), uploads: NEVER, ..Options::default() };
+        let options = Options {
+            untagged,
+            now,
+            grace: self.grace(grace),
+            uploads: NEVER,
+            gate: Gate::Stopped,
+            ..Options::default()
+        };
         let report = gc::run(&*self.store, &Tables::default(), &options, &author(), &Unwatched);
         let report = report.map_err(|e| e.to_string())?;
         ensure(report.is_complete(), || report.failures.join("\n"))?;
@@ -967,7 +974,13 @@ impl World {
 
     /// Asserts that a sweep without grace would take exactly what the model calls garbage.
     fn dry_run(&self, untagged: bool) -> Verdict {
-        let looks = Options { dry_run: true, thorough: true, uploads: NEVER, ..Options::default() };
+        let looks = Options {
+            dry_run: true,
+            thorough: true,
+            uploads: NEVER,
+            gate: Gate::Stopped,
+            ..Options::default()
+        };
         let options = Options { untagged, grace: Duration::ZERO, ..looks };
         let tables = Tables::default();
         let report = gc::run(&*self.store, &tables, &options, &author(), &Unwatched);

@@ -20,6 +20,8 @@ use memory::{
 };
 use regfs::catalog::Tables;
 use regfs::catalog::scan::scan_strictly;
+use regfs::gc::guard::gate::Gate;
+use regfs::gc::guard::gate::Said;
 use regfs::gc::plan::{Plan, Policy};
 use regfs::gc::report::Report;
 use regfs::gc::{self, Options, Unwatched};
@@ -51,7 +53,8 @@ fn image(name: &str) -> Image {
 
 /// Runs the words that people write to `control/gc`.
 fn run(store: &dyn Store, words: &str) -> Report {
-    let Ok(GcCommand::Run(options, false)) = parse_gc(words, &Options::default()) else {
+    let defaults = Options { gate: Gate::Stopped, ..Options::default() };
+    let Ok(GcCommand::Run(options, Said::Nothing, false)) = parse_gc(words, &defaults) else {
         panic!("{words} is no run")
     };
     run_with(store, &options)
@@ -304,8 +307,8 @@ fn a_sweep_looks_into_every_directory_where_they_are_few() {
     let all = catalog.blobs.len() + 2 + 1 + 1;
     assert!(found(all, Options::default()));
     assert!(!found(all - 1, Options::default()));
-    assert!(found(0, Options { thorough: true, ..Options::default() }));
-    assert!(!found(all, Options { dry_run: true, ..Options::default() }));
+    assert!(found(0, Options { thorough: true, gate: Gate::Stopped, ..Options::default() }));
+    assert!(!found(all, Options { dry_run: true, gate: Gate::Stopped, ..Options::default() }));
 }
 
 #[test]
@@ -332,7 +335,7 @@ fn what_could_be_in_the_middle_of_a_push_is_not_repaired() {
 
 #[test]
 fn a_failing_repair_never_leaves_a_manifest_without_its_link() {
-    let options = Options { repair: true, grace: Duration::ZERO, ..Options::default() };
+    let options = Options { repair: true, grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() };
     let act = |store: &dyn Store| gc::run(store, &Tables::default(), &options, &author(), &Unwatched);
     let (store, image) = broken();
     let had = everything(&store.snapshot());
@@ -363,7 +366,8 @@ fn damage_keeps_everything_unless_told_to_keep_nothing() {
     put_image(&store, "app", Some("2"), &damaged);
     put(&store, blob_path(&damaged.digest()), b"not what it was");
     assert_eq!(taken(&*store, "untagged grace=0").len(), 0);
-    let options = Options { ignore_damaged: true, grace: Duration::ZERO, ..Options::default() };
+    let options =
+        Options { ignore_damaged: true, grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() };
     run_with(&*store, &options);
     let after = store.snapshot();
     for blob in &damaged.blobs {

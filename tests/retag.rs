@@ -21,6 +21,7 @@ use memory::{
 use regfs::catalog::Tables;
 use regfs::engine::Engine;
 use regfs::error::Error;
+use regfs::gc::guard::gate::Gate;
 use regfs::gc::{self, DEFAULT_KEEP, Options, Unwatched};
 use regfs::store::Store;
 use regfs::store::memory::Memory;
@@ -42,7 +43,7 @@ fn mounted(store: Arc<dyn Store>) -> Result<Engine, Error> {
 fn mounted_as(store: Arc<dyn Store>, read_only: bool) -> Result<Engine, Error> {
     let mounted_at = SystemTime::UNIX_EPOCH;
     let (grace, keep) = (Duration::ZERO, DEFAULT_KEEP);
-    Engine::new(store, Settings { read_only, uid: 0, gid: 0, grace, keep, mounted_at })
+    Engine::new(store, Settings { read_only, uid: 0, gid: 0, grace, drain: grace, keep, mounted_at })
 }
 
 /// The node of a path in the mount.
@@ -76,7 +77,7 @@ fn naming(digest: &str) -> String {
 }
 
 fn sweep(store: &dyn Store, untagged: bool) {
-    let options = Options { untagged, grace: Duration::ZERO, ..Options::default() };
+    let options = Options { untagged, grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() };
     let report = gc::run(store, &Tables::default(), &options, &author(), &Unwatched).unwrap();
     assert!(report.is_complete(), "{:?}", report.failures);
 }

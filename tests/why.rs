@@ -16,6 +16,7 @@ use regfs::catalog::intern::DigestId;
 use regfs::catalog::scan::scan;
 use regfs::catalog::{Catalog, Tables};
 use regfs::error::Result;
+use regfs::gc::guard::gate::Gate;
 use regfs::gc::mark::{self, Untagged};
 use regfs::gc::report::Place;
 use regfs::gc::why::{self, Facts, Link, Root, Why};
@@ -216,7 +217,8 @@ fn garbage_has_an_age_links_and_a_place_in_the_trash() {
     }
 
     let author = Author { uid: 0, pid: 1, command: "test".to_string() };
-    let report = gc::run(&*store, &Tables::default(), &Options::default(), &author, &Unwatched).unwrap();
+    let options = Options { gate: Gate::Stopped, ..Options::default() };
+    let report = gc::run(&*store, &Tables::default(), &options, &author, &Unwatched).unwrap();
     let why = ask(&*store, &old).unwrap();
     let id = report.transaction.unwrap();
     assert!(!why.is_present && why.trash.len() == 1 && why.trash[0].has_bytes, "{why:?}");

@@ -3,17 +3,20 @@
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
 use super::output::OutputArgs;
 use super::progress::Watcher;
-use super::{Environment, Outcome, duration, open, typed};
+use super::registry::RegistryArgs;
+use super::{Environment, Outcome, duration, store_argument, typed};
 use crate::catalog::Tables;
 use crate::catalog::cache::Place;
 use crate::error::{Error, Result};
-use crate::gc::{self, Options};
+use crate::gc::guard::gate::{Gate, Said};
+use crate::gc::{self, Options, Progress};
+use crate::store::disk::Disk;
 use crate::trash::Author;
 use crate::view::control::{parse_glob, parse_referrers};
 
@@ -58,6 +61,17 @@ pub(super) struct GcArgs {
     /// Purge what has been in the trash for longer than this
     #[arg(long, value_name = "AGE", default_value = "7d", value_parser = duration)]
     keep: Duration,
+    /// No registry runs: take everything at once instead of step by step
+    #[arg(long)]
+    registry_stopped: bool,
+    /// With --registry-stopped: whatever runs on this machine has nothing to do with this storage
+    #[arg(long, requires = "registry_stopped")]
+    force: bool,
+    #[command(flatten)]
+    registry: RegistryArgs,
+    /// Go on, step by step, until nothing is left that could be taken
+    #[arg(long, conflicts_with = "dry_run")]
+    wait: bool,
     /// Free the bytes at once; for a registry that is stopped or read-only
     #[arg(long)]
     now: bool,
@@ -74,39 +88,82 @@ pub(super) struct GcArgs {
     output: OutputArgs,
 }
 
+impl GcArgs {
+    fn options(&self) -> Options {
+        Options {
+            dry_run: self.dry_run,
+            untagged: self.untagged.is_some(),
+            untagged_for: self.untagged.unwrap_or_default(),
+            repositories: self.repository.clone(),
+            uploads: self.uploads,
+            orphans: self.referrers == Some(true),
+            repair: self.repair,
+            thorough: self.thorough,
+            ignore_damaged: self.ignore_damaged,
+            grace: self.grace,
+            keep: self.keep,
+            now: self.now,
+            gate: Gate::unknown(),
+            drain: self.registry.drain,
+            quick: self.quick,
+            cache: match &self.cache_dir {
+                _ if self.no_cache => None,
+                Some(directory) => Some(Place::Directory(directory.clone())),
+                None => Some(Place::Store),
+            },
+        }
+    }
+
+    fn said(&self) -> Said {
+        match (self.registry_stopped, self.force) {
+            (false, _) => Said::Nothing,
+            (true, false) => Said::Stopped,
+            (true, true) => Said::StoppedForSure,
+        }
+    }
+}
+
 pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environment<'_>) -> Result<Outcome> {
-    let store = open(&args.store, environment)?;
-    let options = Options {
-        dry_run: args.dry_run,
-        untagged: args.untagged.is_some(),
-        untagged_for: args.untagged.unwrap_or_default(),
-        repositories: args.repository.clone(),
-        uploads: args.uploads,
-        orphans: args.referrers == Some(true),
-        repair: args.repair,
-        thorough: args.thorough,
-        ignore_damaged: args.ignore_damaged,
-        grace: args.grace,
-        keep: args.keep,
-        now: args.now,
-        quick: args.quick,
-        cache: match &args.cache_dir {
-            _ if args.no_cache => None,
-            Some(directory) => Some(Place::Directory(directory.clone())),
-            None => Some(Place::Store),
-        },
-    };
+    let argument = store_argument(&args.store, environment)?;
+    let store = Disk::open(&argument.storage_root)?;
+    let registries = args.registry.known(&argument, environment)?;
     let author = Author::current(&typed(typed_args));
     let tables = Tables::new(args.threads);
-    let watcher = Watcher::new(args.output.verbose)?;
-    let report = gc::run(&store, &tables, &options, &author, &*watcher);
-    watcher.finish();
-    let report = report?;
+    let mut is_complete = true;
+    let report = loop {
+        let gate = match registries.gate(args.said()) {
+            Err(_) if args.dry_run => Gate::unknown(),
+            gate => gate?,
+        };
+        let watcher = Watcher::new(args.output.verbose)?;
+        let report = gc::run(&store, &tables, &Options { gate, ..args.options() }, &author, &*watcher);
+        watcher.finish();
+        let report = report?;
+        is_complete &= report.is_complete();
+        let next = report.next_step().filter(|_| args.wait && !report.is_stopped && report.is_complete());
+        let Some(next) = next else { break report };
+        eprintln!(
+            "{}; going on in {}",
+            report.outcome(),
+            humantime::format_duration(Duration::from_secs(next.as_secs() + 1))
+        );
+        let watcher = Watcher::new(false)?;
+        let until = Instant::now() + next.max(Duration::from_millis(100));
+        while Instant::now() < until && !watcher.is_stopped() {
+            std::thread::sleep(
+                Duration::from_millis(50).min(until.saturating_duration_since(Instant::now())),
+            );
+        }
+        if watcher.is_stopped() {
+            return Err(Error::invalid(format!("stopped by a signal: {}", report.outcome())));
+        }
+        watcher.finish();
+    };
     args.output.print(&report, &args.store)?;
     if report.is_stopped {
         return Err(Error::invalid(format!("stopped by a signal: {}", report.outcome())));
     }
-    let outcome = if report.is_complete() { Outcome::Done } else { Outcome::Unfinished };
+    let outcome = if is_complete { Outcome::Done } else { Outcome::Unfinished };
     // The process ends here; taking a catalog of millions apart first would only take time.
     std::mem::forget((report, tables));
     Ok(outcome)

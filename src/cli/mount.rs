@@ -16,7 +16,8 @@ use std::time::{Duration, SystemTime};
 use clap::Args;
 
 use super::mount_options::{MountWord, word};
-use super::{Environment, Outcome, duration, storage_root};
+use super::registry::RegistryArgs;
+use super::{Environment, Outcome, duration, store_argument};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::fuse::mount::{self, MountOptions};
@@ -50,6 +51,8 @@ pub(super) struct MountArgs {
     /// Purge what has been in the trash for longer than this, unless a sweep says otherwise
     #[arg(long, value_name = "AGE", default_value = "7d", value_parser = duration)]
     keep: Duration,
+    #[command(flatten)]
+    registry: RegistryArgs,
     /// Where to log to; otherwise a daemon logs nowhere, and one in the foreground to stderr
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -143,7 +146,9 @@ fn start_daemon(typed_args: &[OsString]) -> Result<Outcome> {
 }
 
 fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
-    let storage_root = storage_root(&args.store, environment)?;
+    let argument = store_argument(&args.store, environment)?;
+    let registries = args.registry.known(&argument, environment)?;
+    let storage_root = argument.storage_root;
     // Its name is shown long after the working directory has changed.
     let storage_root =
         storage_root.canonicalize().map_err(|e| Error::io("find the storage", &storage_root, e))?;
@@ -162,6 +167,7 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
         uid: rustix::process::geteuid().as_raw(),
         gid: rustix::process::getegid().as_raw(),
         grace: args.grace,
+        drain: args.registry.drain,
         keep: args.keep,
         mounted_at: SystemTime::now(),
     };
@@ -169,7 +175,7 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     let log_file = args.open_log()?;
     let root = store.full(Path::new(""));
     let watch = Watch::of_filesystem(&root);
-    let engine = Arc::new(Engine::new(Arc::new(store), settings)?);
+    let engine = Arc::new(Engine::new(Arc::new(store), settings)?.with_registries(registries));
     match watch {
         Ok(watch) => engine.watch(watch)?,
         Err(e) => log::debug!("could not watch the filesystem: {e}"),

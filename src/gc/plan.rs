@@ -78,7 +78,7 @@ impl Policy {
 
     /// Whether directories that a sweep empties go at once: nobody pushes, or that is the caller's risk.
     pub fn is_eager(&self) -> bool {
-        self.options.now || self.options.grace.is_zero()
+        !self.options.gate.is_beside() && (self.options.now || self.options.grace.is_zero())
     }
 }
 

@@ -21,10 +21,11 @@ use bytesize::ByteSize;
 use serde::Serialize;
 
 use super::Options;
-use super::plan::{Item, ItemKind, Plan, Reason};
+use super::guard::state::{self, State, Unreferenced};
+use super::plan::{Item, ItemKind, Plan, Reason, What};
 use super::repair::Repair;
 use super::sweep::Taken;
-use crate::catalog::{Catalog, Problem};
+use crate::catalog::{Catalog, Problem, Tables};
 use crate::error::{Result, count};
 use crate::store::Store;
 use crate::trash::purge::Purged;
@@ -62,6 +63,8 @@ pub struct Report {
     pub restored: Vec<PathBuf>,
     /// What failed after the first change.
     pub failures: Vec<String>,
+    /// How much garbage is how far on its way out after this run.
+    pub states: Vec<state::Total>,
     /// It was told to stop, and left out what was still to be done.
     pub is_stopped: bool,
     /// When the run began.
@@ -87,6 +90,9 @@ struct Total {
 
 /// The last second that RFC 3339 can write, the end of the year 9999.
 const LAST_SECOND: Duration = Duration::from_secs(253_402_300_799);
+
+/// So much later than it is due a step is tried: the wait is over when a look begins after it.
+const STEP_MARGIN: Duration = Duration::from_millis(20);
 
 /// RFC 3339, whole seconds; file times and ages beyond the year 9999 show as its end.
 pub fn timestamp(time: SystemTime) -> String {
@@ -121,6 +127,7 @@ impl Report {
             purged_transactions: Vec::new(),
             restored: Vec::new(),
             failures: Vec::new(),
+            states: Vec::new(),
             is_stopped: false,
             started_at,
             finished_at: SystemTime::now(),
@@ -173,6 +180,28 @@ impl Report {
         let all = self.plan.items.iter().filter(|_| self.taken.is_none());
         let some = self.taken.iter().flatten().filter_map(|at| self.plan.items.get(*at));
         all.chain(some)
+    }
+
+    /// How long until a run could take the next step of what is to be taken; `None` where nothing is, or where that does
+    /// not depend on the time.
+    pub fn next_step(&self) -> Option<Duration> {
+        let moves_on = |total: &&state::Total| matches!(total.state, State::Candidate | State::Fenced);
+        let times = self.states.iter().filter(moves_on).filter_map(|total| total.next);
+        times.min().map(|next| next.duration_since(SystemTime::now()).unwrap_or_default() + STEP_MARGIN)
+    }
+
+    /// Finds out how much garbage is how far on its way out; what was due at `now` and is no further waits for the
+    /// registry.
+    pub(super) fn set_states(&mut self, store: &dyn Store, tables: &Tables, now: SystemTime) -> Result<()> {
+        let young = self.plan.young.iter();
+        let young = young.map(|y| Unreferenced { id: y.digest, bytes: y.bytes, old_at: y.eligible_at });
+        let old = self.plan.items.iter().filter(|_| self.mode == Mode::DryRun);
+        let old = old.filter_map(|item| match item.what {
+            What::Blob(id) => Some(Unreferenced { id, bytes: item.bytes, old_at: now }),
+            _ => None,
+        });
+        self.states = state::totals(&state::all(store, tables, young.chain(old), &self.options, now)?);
+        Ok(())
     }
 
     /// What could not be read or does not belong, with the bytes that are kept only because of it.
@@ -262,6 +291,7 @@ mod tests {
     use super::*;
     use crate::catalog::Tables;
     use crate::digest::{Algorithm, Digest};
+    use crate::gc::guard::gate::Gate;
     use crate::gc::{self, Progress};
     use crate::layout;
     use crate::store::memory::Memory;
@@ -284,7 +314,7 @@ mod tests {
     }
 
     fn options() -> Options {
-        Options { grace: Duration::ZERO, ..Options::default() }
+        Options { grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() }
     }
 
     /// Told to stop after so many steps.

@@ -258,7 +258,8 @@ fn remove_all(
     emptied.remove(store, taken);
 }
 
-fn reason(options: &Options) -> String {
+/// Why a sweep took what it took, for its transaction.
+pub(super) fn reason(options: &Options) -> String {
     let age = humantime::format_duration(options.grace);
     let untagged = if options.untagged { ", untagged manifests included" } else { "" };
     let orphans = if options.orphans { ", referrers of what is gone included" } else { "" };

@@ -216,6 +216,7 @@ impl<'a> Doomed<'a> {
             return Ok(());
         }
         if self.kept == 0 {
+            self.contents.end_stage(store)?;
             self.contents.discard_if_empty(store)?;
             purged.transactions.push(id.clone());
         } else {

@@ -101,6 +101,7 @@ pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
         }
     }
     undone.missing = missing.into_iter().collect();
+    own.end_stage(store)?;
     let mut last = None;
     for ((order, path), holder) in &moves {
         if last.is_some_and(|last| last != order) {

@@ -6,19 +6,20 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::gc::Options;
+use crate::gc::guard::gate::Said;
 use crate::trash::Selection;
 
 /// What `control/gc` understands.
 pub const GC_GRAMMAR: &str = "dry-run | sweep [untagged[=7d]] [repository=GLOB] [uploads=7d] [referrers=orphans] [repair] [thorough] \
-     [grace=24h] [keep=7d] [now] | stop, with an optional & at the end";
+     [grace=24h] [drain=10m] [keep=7d] [registry-stopped [force]] [now] | stop, with an optional & at the end";
 /// What `control/trash` understands.
 pub const TRASH_GRAMMAR: &str = "undo <transaction> | purge [<transaction>|older=7d]";
 
 /// A command to `control/gc`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum GcCommand {
-    /// Run a collection; `true`: return at once.
-    Run(Options, bool),
+    /// Run a collection; what was said of registries; `true`: return at once.
+    Run(Options, Said, bool),
     /// End the one that runs.
     Stop,
 }
@@ -72,6 +73,7 @@ fn parse_option(word: &str, options: &mut Options) -> std::result::Result<(), St
         Some(("uploads", value)) => options.uploads = parse_duration(value)?,
         Some(("referrers", value)) => options.orphans = parse_referrers(value)?,
         Some(("grace", value)) => options.grace = parse_duration(value)?,
+        Some(("drain", value)) => options.drain = parse_duration(value)?,
         Some(("keep", value)) => options.keep = parse_duration(value)?,
         _ => return Err(format!("unknown word {word:?}")),
     }
@@ -103,10 +105,21 @@ pub fn parse_gc(text: &str, defaults: &Options) -> Result<GcCommand> {
         Some(other) => return Err(wrong(format!("unknown command {other:?}"))),
         None => return Err(wrong("empty command".to_string())),
     }
+    let (mut is_stopped, mut is_sure) = (false, false);
     for word in words {
-        parse_option(word, &mut options).map_err(wrong)?;
+        match word {
+            "registry-stopped" => is_stopped = true,
+            "force" => is_sure = true,
+            _ => parse_option(word, &mut options).map_err(wrong)?,
+        }
     }
-    Ok(GcCommand::Run(options, background))
+    let said = match (is_stopped, is_sure) {
+        (false, false) => Said::Nothing,
+        (true, false) => Said::Stopped,
+        (true, true) => Said::StoppedForSure,
+        (false, true) => return Err(wrong("force belongs to registry-stopped".to_string())),
+    };
+    Ok(GcCommand::Run(options, said, background))
 }
 
 /// Reads what was written to `control/trash`.
@@ -137,7 +150,7 @@ mod tests {
     fn gc_commands_are_words_and_options() {
         let defaults = Options::default();
         let run = |text: &str| match parse_gc(text, &defaults) {
-            Ok(GcCommand::Run(options, background)) => (options, background),
+            Ok(GcCommand::Run(options, Said::Nothing, background)) => (options, background),
             other => panic!("{text}: {other:?}"),
         };
         assert_eq!(run("sweep\n"), (defaults.clone(), false));
@@ -164,6 +177,15 @@ mod tests {
         let text = "sweep untagged=7d repository=team/** uploads=0 referrers=orphans repair thorough";
         assert_eq!(run(text), (policies, false));
         assert_eq!(parse_gc("stop", &defaults).unwrap(), GcCommand::Stop);
+        let stopped = Options { now: true, drain: Duration::from_secs(60), ..defaults.clone() };
+        assert_eq!(
+            parse_gc("sweep now registry-stopped drain=1m", &defaults).unwrap(),
+            GcCommand::Run(stopped.clone(), Said::Stopped, false)
+        );
+        assert_eq!(
+            parse_gc("sweep force registry-stopped now drain=1m &", &defaults).unwrap(),
+            GcCommand::Run(stopped, Said::StoppedForSure, true)
+        );
         for wrong in [
             "",
             "&",
@@ -178,6 +200,8 @@ mod tests {
             "sweep uploads",
             "sweep referrers=all",
             "sweep ignore-damaged",
+            "sweep force",
+            "sweep drain",
             "stop now",
             "\0",
             "sweep\nnow",

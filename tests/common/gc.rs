@@ -12,6 +12,9 @@ use super::run::{Bounded, Outcome, regfs};
 #[derive(Debug, Deserialize)]
 pub(crate) struct Report {
     pub(crate) mode: String,
+    pub(crate) gate: String,
+    pub(crate) gate_reason: String,
+    pub(crate) states: Vec<State>,
     pub(crate) freed_bytes: u64,
     pub(crate) quarantined_bytes: u64,
     pub(crate) transaction: Option<Value>,
@@ -21,6 +24,13 @@ pub(crate) struct Report {
     pub(crate) failures: Vec<Value>,
     pub(crate) restored: Vec<Value>,
     pub(crate) problems: Vec<Problem>,
+}
+
+/// How much garbage is how far on its way out.
+#[derive(Debug, Deserialize)]
+pub(crate) struct State {
+    pub(crate) state: String,
+    pub(crate) blobs: usize,
 }
 
 /// One thing taken (or in a dry run, that would be).
@@ -74,10 +84,17 @@ pub(crate) fn gc(store: &Path, arguments: &[&str]) -> Report {
     Report::parse(&gc_outcome(store, arguments).exits(0))
 }
 
-/// Runs `regfs gc <store> --json …`.
+/// Runs `regfs gc <store> --json …` as if no registry ran, whether or not one does: most tests are about what is garbage,
+/// and push nothing meanwhile.
 #[track_caller]
 pub(crate) fn gc_outcome(store: &Path, arguments: &[&str]) -> Outcome {
-    regfs(["gc"]).arg(store).arg("--json").args(arguments).outcome()
+    regfs(["gc"]).arg(store).args(["--json", "--registry-stopped", "--force"]).args(arguments).outcome()
+}
+
+/// Runs `regfs gc <store> --json …` beside a registry, which must exit with 0.
+#[track_caller]
+pub(crate) fn gc_beside(store: &Path, arguments: &[&str]) -> Report {
+    Report::parse(&regfs(["gc"]).arg(store).arg("--json").args(arguments).outcome().exits(0))
 }
 
 /// Ids of all transactions, the newest first; the list has the oldest first.

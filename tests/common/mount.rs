@@ -76,8 +76,16 @@ impl Mount {
         String::from_utf8_lossy(&content).into_owned()
     }
 
-    /// Writes a command to a control file.
+    /// Writes a command to a control file; a sweep as if no registry ran, unless it says otherwise.
     pub(crate) fn control(&self, file: &str, command: &str) -> io::Result<()> {
+        match command.strip_prefix("sweep").filter(|rest| !rest.contains("registry-stopped")) {
+            Some(rest) => self.tell(file, &format!("sweep registry-stopped force{rest}")),
+            None => self.tell(file, command),
+        }
+    }
+
+    /// Writes a command to a control file as it is.
+    pub(crate) fn tell(&self, file: &str, command: &str) -> io::Result<()> {
         use std::io::Write;
         // One write(2), as `echo` does; the file is not created.
         let path = self.path("control").join(file);

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use regfs::digest::Digest;
 use regfs::gc::Options;
+use regfs::gc::guard::gate::Said;
 use regfs::layout;
 use regfs::manifest::{self, Kind};
 use regfs::trash::Selection;
@@ -111,13 +112,15 @@ pub(crate) fn gc_command(bytes: &[u8]) {
     let sets = |key: &str| words.iter().any(|word| word.split_once('=').is_some_and(|(k, _)| k == key));
     match command {
         GcCommand::Stop => assert_eq!(words, ["stop"]),
-        GcCommand::Run(options, background) => {
+        GcCommand::Run(options, said, background) => {
             assert!(matches!(words[0], "dry-run" | "sweep"), "{words:?}");
             assert_eq!(options.dry_run, says("dry-run"));
             assert_eq!(options.untagged, says("untagged"));
             assert_eq!(options.now, says("now"));
             assert!(options.grace == defaults.grace || sets("grace"), "the grace period changed by itself");
             assert!(options.keep == defaults.keep || sets("keep"), "what is kept changed by itself");
+            assert_eq!(said != Said::Nothing, says("registry-stopped"));
+            assert_eq!(said == Said::StoppedForSure, says("force"));
             assert_eq!(background, in_background);
         }
     }

@@ -6,6 +6,7 @@ use serde::{Serialize, Serializer};
 
 use super::{Mode, Report, timestamp};
 use crate::digest::Digest;
+use crate::gc::guard::state::Total;
 use crate::gc::plan::ItemKind;
 
 /// The version of the form: a number more when a field changes its meaning or goes; fields may be added without.
@@ -30,6 +31,9 @@ struct Json<'a> {
     quarantined_bytes: u64,
     young_bytes: u64,
     transaction: Option<&'a str>,
+    gate: &'a str,
+    gate_reason: String,
+    states: &'a [Total],
     by_kind: Vec<KindTotal>,
     by_reason: Vec<ReasonTotal>,
     by_repository: Repositories<'a>,
@@ -177,6 +181,9 @@ impl Report {
             quarantined_bytes: self.quarantined_bytes,
             young_bytes: self.plan.young.iter().map(|y| y.bytes).sum(),
             transaction: self.transaction.as_deref(),
+            gate: self.options.gate.word(),
+            gate_reason: self.options.gate.to_string(),
+            states: &self.states,
             by_kind: by_kind.map(|(kind, t)| KindTotal { kind, count: t.count, bytes: t.bytes }).collect(),
             by_reason: by_reason
                 .map(|(kind, reason, t)| ReasonTotal {

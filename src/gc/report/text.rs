@@ -240,16 +240,7 @@ impl Report {
             count(catalog.manifests.len(), "manifest"),
             count(catalog.blobs.len(), "blob"),
         )?;
-        if let Some(next) = self.plan.young.iter().map(|y| y.eligible_at).min() {
-            writeln!(
-                out,
-                "left {} ({}) younger than the grace period of {}; the next may be taken from {}",
-                count(self.plan.young.len(), "unreferenced blob"),
-                human(self.plan.young.iter().map(|y| y.bytes).sum()),
-                age(self.options.grace),
-                timestamp(next),
-            )?;
-        }
+        self.write_steps(out)?;
         if !self.plan.is_thorough {
             let thorough = match place {
                 Place::CommandLine(_) => "--thorough",
@@ -262,6 +253,37 @@ impl Report {
             writeln!(out, "freed {} in all", human(self.freed_bytes))?;
         }
         self.write_next(out, place)
+    }
+
+    /// What is garbage and stays for now; beside a registry, where it stands.
+    fn write_steps(&self, out: &mut dyn Write) -> io::Result<()> {
+        if self.options.gate.is_beside() && self.mode == Mode::Sweep {
+            writeln!(out, "registry: {}", self.options.gate)?;
+            for total in &self.states {
+                writeln!(out, "{}", total.text(&self.options.gate))?;
+            }
+            return Ok(());
+        }
+        if let Some(next) = self.plan.young.iter().map(|y| y.eligible_at).min() {
+            writeln!(
+                out,
+                "left {} ({}) younger than the grace period of {}; the next may be taken from {}",
+                count(self.plan.young.len(), "unreferenced blob"),
+                human(self.plan.young.iter().map(|y| y.bytes).sum()),
+                age(self.options.grace),
+                timestamp(next),
+            )?;
+        }
+        if self.options.gate.is_beside() {
+            let [grace, drain, keep] = [self.options.grace, self.options.drain, self.options.keep].map(age);
+            writeln!(out, "registry: {}", self.options.gate)?;
+            writeln!(
+                out,
+                "beside it a sweep goes in steps, a run for each: seen unused for {grace}, fenced for {drain}, in the trash \
+                 for {keep}"
+            )?;
+        }
+        Ok(())
     }
 
     /// What to do next.
@@ -280,6 +302,10 @@ impl Report {
             }
             (Mode::Sweep, Some(id)) => {
                 let [purge, undo] = ["purge", "undo"].map(|command| place.trash(command, id));
+                if self.options.gate.is_beside() {
+                    writeln!(out, "next: a run when the time has come goes on")?;
+                    return writeln!(out, "      {undo}  brings back what was taken");
+                }
                 let width = purge.len().max(undo.len());
                 let keep = age(self.options.keep);
                 writeln!(out, "next: {purge:<width$}  frees the space; a run after {keep} does it, too")?;

@@ -1,0 +1,61 @@
+//! What the command line says of the registries that serve a store.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::{Environment, duration};
+use crate::error::{Error, Result};
+use crate::registries::Known;
+use crate::registries::http::Credentials;
+use crate::registry_config::StoreArgument;
+
+/// Who we are to a registry, where no file says it.
+const AUTH: &str = "REGFS_REGISTRY_AUTH";
+/// Longest file of credentials.
+const AUTH_LIMIT: usize = 64 << 10;
+
+/// How registries that may be running are dealt with.
+#[derive(Args, Debug)]
+pub(super) struct RegistryArgs {
+    /// Ask the registries there before a blob goes, all that serve this storage; by default those of config.yml
+    #[arg(long, value_name = "URL", value_delimiter = ',', value_parser = url)]
+    registry: Vec<String>,
+    /// A file with user:password or Bearer <token> for them; or the variable REGFS_REGISTRY_AUTH
+    #[arg(long, value_name = "FILE")]
+    registry_auth: Option<PathBuf>,
+    /// How long a request to a registry may be under way
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
+    pub(super) drain: Duration,
+}
+
+fn url(text: &str) -> std::result::Result<String, String> {
+    let is_url = ["http://", "https://"]
+        .iter()
+        .any(|scheme| text.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty()));
+    match is_url {
+        true => Ok(text.to_string()),
+        false => Err("write it as http://HOST:PORT or https://HOST:PORT".to_string()),
+    }
+}
+
+impl RegistryArgs {
+    /// What is known of the registries that serve the store of `argument`.
+    pub(super) fn known(&self, argument: &StoreArgument, environment: Environment<'_>) -> Result<Known> {
+        Ok(Known::new(argument, &self.registry, self.credentials(environment)?))
+    }
+
+    fn credentials(&self, environment: Environment<'_>) -> Result<Credentials> {
+        let (text, place) = match (&self.registry_auth, environment(AUTH)) {
+            (Some(path), _) => {
+                let text = std::fs::read(path).map_err(|e| Error::io("read the credentials in", path, e))?;
+                (text, path.display().to_string())
+            }
+            (None, Some(value)) => (value.into_encoded_bytes(), format!("the variable {AUTH}")),
+            (None, None) => return Ok(Credentials::None),
+        };
+        let text = String::from_utf8(text).ok().filter(|text| text.len() <= AUTH_LIMIT).unwrap_or_default();
+        Credentials::parse(&text).map_err(|why| Error::invalid(format!("{place}: {why}")))
+    }
+}

@@ -1,0 +1,118 @@
+//! What is known of the registries that serve a store: from a config.yml, from the processes of this machine, from their
+//! answers. It decides which [`Gate`] a sweep has.
+//!
+//! # Rules kept here
+//! 1. What is not known counts as a registry that runs and remembers.
+//! 2. A configuration counts for a process only if it was written before the process started.
+//! 3. A URL counts only if the registry there is shown to write into this very storage ([`http`]): one that serves another
+//!    would say of everything that it does not have it.
+
+pub mod http;
+mod processes;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::gc::guard::gate::{Gate, Probe, Said, UNKNOWN};
+use crate::registry_config::StoreArgument;
+use http::{Client, Credentials};
+use processes::{Facts, Process};
+
+/// What is known of the registries that serve a store.
+#[derive(Clone, Debug, Default)]
+pub struct Known {
+    /// The directory that holds `docker/registry/v2`; `None` where processes are not to be looked at.
+    root: Option<PathBuf>,
+    config: Option<StoreArgument>,
+    urls: Vec<String>,
+    credentials: Credentials,
+}
+
+impl Known {
+    /// What `argument` says, with further `urls` of registries.
+    pub fn new(argument: &StoreArgument, urls: &[String], credentials: Credentials) -> Known {
+        Known {
+            root: Some(argument.storage_root.clone()),
+            config: argument.from_config.is_some().then(|| argument.clone()),
+            urls: urls.to_vec(),
+            credentials,
+        }
+    }
+
+    /// How a sweep may go on now.
+    ///
+    /// # Errors
+    /// It was said that no registry runs, and one does.
+    pub fn gate(&self, said: Said) -> Result<Gate> {
+        if said == Said::StoppedForSure {
+            return Ok(Gate::Stopped);
+        }
+        let running = self.running();
+        if said == Said::Stopped {
+            return match running.first() {
+                None => Ok(Gate::Stopped),
+                Some(process) => Err(Error::invalid(format!(
+                    "registry-stopped was said, but {process} {}; stop it first, or say force, too, if it has nothing to do \
+                     with this storage",
+                    process.relation()
+                ))),
+            };
+        }
+        let facts = self.facts(&running);
+        if !facts.is_empty() && facts.iter().all(|facts| facts.read_only) {
+            return Ok(Gate::Stopped);
+        }
+        if facts.iter().any(|facts| facts.proxy) {
+            let why = "a pull-through cache fetches what it lacks, which nobody can tell from a push; to sweep it, stop it and \
+                       say registry-stopped"
+                .to_string();
+            return Ok(Gate::Stop { why });
+        }
+        if !facts.is_empty() && facts.iter().all(|facts| !facts.remembers) {
+            return Ok(Gate::Off);
+        }
+        Ok(match self.ask(facts) {
+            Ok(client) => Gate::Probe(Probe(Arc::new(client))),
+            Err(why) => Gate::Stop { why },
+        })
+    }
+
+    fn running(&self) -> Vec<Process> {
+        self.root.as_deref().map(processes::serving).unwrap_or_default()
+    }
+
+    /// What is known of each of them.
+    fn facts(&self, running: &[Process]) -> Vec<Facts> {
+        running.iter().map(Process::facts).chain(self.config.as_ref().map(Facts::of)).collect()
+    }
+
+    /// All of them, if they can be asked; why not, otherwise.
+    fn ask(&self, facts: Vec<Facts>) -> std::result::Result<Client, String> {
+        let mut urls = self.urls.clone();
+        if urls.is_empty() {
+            if facts.iter().any(|facts| facts.url.is_none()) {
+                return Err("of a registry that runs nobody can tell where it answers; give its URL with --registry, or stop it \
+                            and say registry-stopped"
+                    .to_string());
+            }
+            urls.extend(facts.into_iter().filter_map(|facts| facts.url));
+        }
+        urls.sort_unstable();
+        urls.dedup();
+        if urls.is_empty() {
+            return Err(UNKNOWN.to_string());
+        }
+        let client = Client::new(&urls, self.credentials.clone());
+        let next = "give the registry's URL with --registry, or stop it and say registry-stopped";
+        client.check().map_err(|e| format!("{e}; {next}"))?;
+        Ok(client)
+    }
+
+    /// The registries that are to forget what is removed; `None` where none remembers or none can be told.
+    pub fn rememberers(&self) -> Option<Client> {
+        let facts = self.facts(&self.running());
+        let may_remember = !self.urls.is_empty() || facts.iter().any(|facts| facts.remembers);
+        self.ask(facts).ok().filter(|_| may_remember)
+    }
+}

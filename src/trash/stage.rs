@@ -1,0 +1,99 @@
+//! Stage: how far a sweep beside a running registry has come, `stage.json` of its transaction.
+//!
+//! ```text
+//! fencing → fenced → quarantined
+//! ```
+//! While a transaction is fencing, links to its blobs move here; fenced, all are here and the bytes still in the store;
+//! quarantined, the bytes are here, too. [`crate::gc::guard`] decides when it moves on; this only keeps it. It is written
+//! before the first thing of a step moves and again after the last, so a crash in between leaves the earlier one, from
+//! which going on is right.
+
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Moment;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::layout;
+use crate::store::Store;
+
+/// Longest file: a million blobs take 75 MB.
+const LIMIT: usize = 1 << 30;
+
+/// How far a sweep has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    /// How long a request of a client may be under way.
+    pub drain: Duration,
+    /// No link that was taken was written after this, by the clock of the storage; one that is by now was written
+    /// late.
+    pub links_until: SystemTime,
+    /// When the last link was here; `None` before that.
+    pub fenced_at: Option<Moment>,
+    /// When the last of the bytes was here; `None` before that.
+    pub quarantined_at: Option<Moment>,
+    /// Which blobs it is about; those that came back are not among them.
+    pub blobs: Vec<Digest>,
+}
+
+/// Where a sweep stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// Links are being moved.
+    Fencing,
+    /// The links are moved; requests that saw them may still be under way.
+    Fenced,
+    /// The bytes are moved, too.
+    Quarantined,
+}
+
+impl Stage {
+    /// One that begins.
+    pub fn begin(drain: Duration, links_until: SystemTime, blobs: Vec<Digest>) -> Stage {
+        Stage { drain, links_until, fenced_at: None, quarantined_at: None, blobs }
+    }
+
+    /// Where it stands.
+    pub fn step(&self) -> Step {
+        match (&self.fenced_at, &self.quarantined_at) {
+            (_, Some(_)) => Step::Quarantined,
+            (Some(_), None) => Step::Fenced,
+            (None, None) => Step::Fencing,
+        }
+    }
+
+    /// Whether every request that saw the links has ended when a look began at `look`.
+    pub fn is_drained(&self, look: &Moment) -> bool {
+        self.fenced_at.as_ref().is_some_and(|fenced| fenced.elapsed(look) >= self.drain)
+    }
+
+    /// Whether its bytes may be purged after a look that began at `look` found them unused, when the trash keeps things
+    /// for `keep`.
+    pub fn is_purgeable(&self, look: &Moment, keep: Duration) -> bool {
+        let is_over = |at: &Moment| at.elapsed(look) >= self.drain && at.age(look) >= keep;
+        self.quarantined_at.as_ref().is_some_and(is_over)
+    }
+
+    /// Writes it into transaction `id`.
+    pub fn write(&self, store: &dyn Store, id: &str) -> Result<()> {
+        let path = layout::transaction(id).join(layout::STAGE_FILE);
+        let text = serde_json::to_vec(self).map_err(|e| Error::io("write", &path, e))?;
+        store.write(&path, &text)
+    }
+
+    /// Reads that of transaction `id`; `None` for one that never had any, an error in words for one that can't be read.
+    pub fn read(store: &dyn Store, id: &str) -> Result<Option<std::result::Result<Stage, String>>> {
+        let path = layout::transaction(id).join(layout::STAGE_FILE);
+        match store.read(&path, LIMIT) {
+            Ok(None) => Ok(None),
+            Ok(Some((text, _))) => {
+                let read = serde_json::from_slice(&text);
+                Ok(Some(read.map_err(|e| format!("{}: {e}", store.full(&path).display()))))
+            }
+            Err(e) if e.is_damage() => Ok(Some(Err(e.to_string()))),
+            Err(e) => Err(e),
+        }
+    }
+}
