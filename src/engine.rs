@@ -15,8 +15,11 @@ pub mod fresh;
 mod journal;
 mod remove;
 mod retag;
+pub mod schedule;
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -24,8 +27,11 @@ use crate::catalog::cache::{self, News, Place as CachePlace};
 use crate::catalog::intern::DigestId;
 use crate::catalog::scan::scan;
 use crate::catalog::{Catalog, Tables};
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::{Gate, Said};
+use crate::gc::guard::state::{self, Unreferenced};
+use crate::gc::plan::Policy;
 use crate::gc::report::{Place, timestamp};
 use crate::gc::{self, Options, give_back};
 use crate::progress::Watched;
@@ -74,6 +80,7 @@ pub struct Engine {
     /// The first catalog and the links known before, until what is news is kept for the next mount.
     unkept: Mutex<Option<(Catalog, Catalog)>>,
     registries: Known,
+    forgetting: Mutex<Option<Sender<(PathBuf, Digest)>>>,
     listener: Mutex<Option<Arc<dyn Listener>>>,
 }
 
@@ -88,6 +95,10 @@ struct Reports {
     trash: Option<String>,
     refresh: String,
     last_error: Option<String>,
+    /// What the last sweep relied on, and how much garbage it left how far on its way out.
+    sweep: Option<(Gate, Vec<state::Total>)>,
+    /// When the next one begins by itself.
+    next_sweep: Option<SystemTime>,
 }
 
 /// What `control/status` says.
@@ -116,6 +127,14 @@ struct Status {
     blobs: usize,
     problems: usize,
     transactions: usize,
+    /// What the last sweep of this mount relied on: `stopped`, `off`, `probe` or `stop`, and the same for people; `null`
+    /// before the first.
+    gate: Option<&'static str>,
+    gate_reason: Option<String>,
+    /// How much garbage it left how far on its way out.
+    garbage: Vec<state::Total>,
+    /// When the next one begins by itself, RFC 3339; `null` where none does.
+    next_sweep: Option<String>,
     /// `events`: the kernel tells of changes; `looks`: the storage is looked at when somebody looks here.
     freshness: &'static str,
     /// When the storage was last found changed, RFC 3339.
@@ -180,6 +199,8 @@ impl Engine {
                 trash: None,
                 refresh: "write anything to look at the storage now\n".to_string(),
                 last_error: None,
+                sweep: None,
+                next_sweep: None,
             }),
             run: Run::default(),
             is_heal_due: AtomicBool::new(true),
@@ -187,6 +208,7 @@ impl Engine {
             watch: Mutex::default(),
             unkept: Mutex::new(unkept),
             registries: Known::default(),
+            forgetting: Mutex::default(),
             listener: Mutex::default(),
         })
     }
@@ -334,7 +356,37 @@ impl Engine {
 
     /// The content of any generated file.
     pub fn text(&self, snapshot: &Snapshot, node: Node) -> Option<Arc<[u8]>> {
+        if node == Node::States {
+            return Some(self.states(snapshot).into_bytes().into());
+        }
         self.control_text(node).or_else(|| self.view(snapshot).text(node))
+    }
+
+    /// A line for each blob on its way out: where it stands, since when, and from when on a run takes the next step.
+    fn states(&self, snapshot: &Snapshot) -> String {
+        let gate = self.registries.gate(Said::Nothing).unwrap_or_else(|_| Gate::unknown());
+        let options = Options { gate, ..self.defaults() };
+        let policy = Policy::new(&options, SystemTime::now());
+        let candidates = snapshot.candidates(&*self.store).iter();
+        let unreferenced = candidates.map(|c| Unreferenced {
+            id: c.digest,
+            bytes: c.bytes,
+            old_at: policy.eligible_at(c.last_used),
+        });
+        match state::all(&*self.store, &self.tables, unreferenced, &options, policy.now) {
+            Ok(standings) => state::table(&standings),
+            Err(e) => format!("{e}\n"),
+        }
+    }
+
+    /// Tells registries that remember them that manifests of a repository are gone; behind whoever removed them.
+    fn forget_manifests(self: &Arc<Engine>, repository: &Path, manifests: impl Iterator<Item = Digest>) {
+        let mut forgetting = locked(&self.forgetting);
+        let sender = forgetting.get_or_insert_with(|| schedule::forgetter(self));
+        for digest in manifests {
+            // A thread that could not be started has said so.
+            let _ = sender.send((repository.to_path_buf(), digest));
+        }
     }
 
     fn trash_text(&self) -> String {
@@ -353,6 +405,10 @@ impl Engine {
         let is_running = self.run.is_running.load(Ordering::Relaxed);
         let cost = locked(&self.looked).cost;
         let run = is_running.then(|| self.run.watched.look());
+        let (sweep, next_sweep) = {
+            let reports = locked(&self.reports);
+            (reports.sweep.clone(), reports.next_sweep)
+        };
         let status = Status {
             state: if is_running { "running" } else { "idle" },
             phase: run.map_or("", |r| r.phase),
@@ -372,6 +428,10 @@ impl Engine {
             blobs: snapshot.catalog.blobs.len(),
             problems: snapshot.catalog.problems.len(),
             transactions: snapshot.trash.len(),
+            gate: sweep.as_ref().map(|(gate, _)| gate.word()),
+            gate_reason: sweep.as_ref().map(|(gate, _)| gate.to_string()),
+            garbage: sweep.map_or_else(Vec::new, |(_, totals)| totals),
+            next_sweep: next_sweep.map(timestamp),
             freshness: if self.is_watching() { "events" } else { "looks" },
             looked_at: timestamp(snapshot.catalog.scanned_at),
             look_seconds: cost.as_secs_f64(),
@@ -470,6 +530,9 @@ impl Engine {
             self.publish_anew();
         }
         let report = result?;
+        if !options.dry_run {
+            locked(&self.reports).sweep = Some((options.gate.clone(), report.states.clone()));
+        }
         let what = report.outcome();
         let action = if options.dry_run { "dry-run" } else { "sweep" };
         self.note(

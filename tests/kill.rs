@@ -279,7 +279,7 @@ impl Act {
                     keep: DEFAULT_KEEP,
                     mounted_at: SystemTime::UNIX_EPOCH,
                 };
-                let engine = Engine::new(store, settings).unwrap();
+                let engine = Arc::new(Engine::new(store, settings).unwrap());
                 engine
                     .unlink(Node::Images, OsStr::new(reference), &author)
                     .unwrap_or_else(|e| panic!("{when}: rm {reference}: {e}"));

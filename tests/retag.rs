@@ -36,14 +36,15 @@ fn author() -> Author {
     Author { uid: 0, pid: 1, command: "test".to_string() }
 }
 
-fn mounted(store: Arc<dyn Store>) -> Result<Engine, Error> {
+fn mounted(store: Arc<dyn Store>) -> Result<Arc<Engine>, Error> {
     mounted_as(store, false)
 }
 
-fn mounted_as(store: Arc<dyn Store>, read_only: bool) -> Result<Engine, Error> {
+fn mounted_as(store: Arc<dyn Store>, read_only: bool) -> Result<Arc<Engine>, Error> {
     let mounted_at = SystemTime::UNIX_EPOCH;
     let (grace, keep) = (Duration::ZERO, DEFAULT_KEEP);
     Engine::new(store, Settings { read_only, uid: 0, gid: 0, grace, drain: grace, keep, mounted_at })
+        .map(Arc::new)
 }
 
 /// The node of a path in the mount.

@@ -19,6 +19,7 @@ use super::mount_options::{MountWord, word};
 use super::registry::RegistryArgs;
 use super::{Environment, Outcome, duration, store_argument};
 use crate::engine::Engine;
+use crate::engine::schedule::{self, Schedule, Window};
 use crate::error::{Error, Result};
 use crate::fuse::mount::{self, MountOptions};
 use crate::store::Store;
@@ -53,13 +54,19 @@ pub(super) struct MountArgs {
     keep: Duration,
     #[command(flatten)]
     registry: RegistryArgs,
+    /// Sweep by itself, so long after the sweep before
+    #[arg(long, value_name = "TIME", value_parser = interval)]
+    sweep_every: Option<Duration>,
+    /// Only in this part of the day, by the local clock
+    #[arg(long, value_name = "HH:MM-HH:MM", value_parser = Window::parse, requires = "sweep_every")]
+    sweep_window: Option<Window>,
     /// Where to log to; otherwise a daemon logs nowhere, and one in the foreground to stderr
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
     /// Take the place of a regfs that is mounted there; who is inside stays with the old one until they leave
     #[arg(long)]
     replace: bool,
-    /// The same as mount(8) and fstab say it: ro, allow_other, replace, grace=AGE, keep=AGE, log_file=FILE
+    /// The same as mount(8) and fstab say it: ro, allow_other, replace, grace=AGE, keep=AGE, sweep_every=TIME, …; log_file=FILE
     #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',', value_parser = word)]
     options: Vec<MountWord>,
     /// Do everything but mount
@@ -80,6 +87,11 @@ impl MountArgs {
                 MountWord::Replace => self.replace = true,
                 MountWord::Grace(grace) => self.grace = grace,
                 MountWord::Keep(keep) => self.keep = keep,
+                MountWord::Drain(drain) => self.registry.drain = drain,
+                MountWord::Registry(url) => self.registry.registry.push(url),
+                MountWord::RegistryAuth(file) => self.registry.registry_auth = Some(file),
+                MountWord::SweepEvery(every) => self.sweep_every = Some(every),
+                MountWord::SweepWindow(window) => self.sweep_window = Some(window),
                 MountWord::LogFile(file) => self.log_file = Some(file),
                 MountWord::Generic => {}
             }
@@ -91,6 +103,13 @@ impl MountArgs {
     pub(super) fn open_log(&self) -> Result<Option<File>> {
         let open = |path| OpenOptions::new().append(true).create(true).open(path);
         self.log_file.as_deref().map(|p| open(p).map_err(|e| Error::io("open the log", p, e))).transpose()
+    }
+}
+
+pub(super) fn interval(text: &str) -> std::result::Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("write a time that is not 0, for example 6h".to_string()),
+        interval => Ok(interval),
     }
 }
 
@@ -194,6 +213,10 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
         let watching = engine.clone();
         in_background("watch", move || watch_directories(&watching, &root));
     }
+    let schedule =
+        args.sweep_every.filter(|_| !read_only).map(|every| Schedule { every, window: args.sweep_window });
+    let weak = Arc::downgrade(&engine);
+    in_background("schedule", move || schedule::run(&weak, schedule));
     let keeping = engine.clone();
     in_background("cache", move || keeping.keep_parsed());
     mounted.serve(&engine)?;

@@ -10,6 +10,9 @@ use std::time::Duration;
 use clap::Parser;
 
 use super::duration;
+use super::mount::interval;
+use super::registry::url;
+use crate::engine::schedule::Window;
 
 /// A word of `-o`.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -24,6 +27,16 @@ pub(super) enum MountWord {
     Grace(Duration),
     /// `keep=AGE`
     Keep(Duration),
+    /// `drain=TIME`
+    Drain(Duration),
+    /// `registry=URL`
+    Registry(String),
+    /// `registry_auth=FILE`
+    RegistryAuth(PathBuf),
+    /// `sweep_every=TIME`
+    SweepEvery(Duration),
+    /// `sweep_window=HH:MM-HH:MM`
+    SweepWindow(Window),
     /// `log_file=FILE`
     LogFile(PathBuf),
     /// Meant for mount(8), systemd or the kernel; or what every mount of ours is anyway.
@@ -77,14 +90,20 @@ pub(super) fn word(text: &str) -> Result<MountWord, String> {
         ("replace", None) => Ok(MountWord::Replace),
         ("grace", Some(age)) => duration(age).map(MountWord::Grace),
         ("keep", Some(age)) => duration(age).map(MountWord::Keep),
+        ("drain", Some(time)) => duration(time).map(MountWord::Drain),
+        ("registry", Some(at)) => url(at).map(MountWord::Registry),
+        ("registry_auth", Some(file)) if !file.is_empty() => Ok(MountWord::RegistryAuth(file.into())),
+        ("sweep_every", Some(time)) => interval(time).map(MountWord::SweepEvery),
+        ("sweep_window", Some(window)) => Window::parse(window).map(MountWord::SweepWindow),
         ("log_file", Some(file)) if !file.is_empty() => Ok(MountWord::LogFile(file.into())),
         ("remount", None) => Err("a regfs can't be remounted; mount it anew with -o replace".to_string()),
         ("user" | "comment" | "fsname" | "subtype", Some(_)) | ("", None) => Ok(MountWord::Generic),
         (key, _) if key.starts_with("x-") || key.starts_with("X-") => Ok(MountWord::Generic),
         (key, None) if GENERIC.contains(&key) => Ok(MountWord::Generic),
         _ => Err(
-            "there are ro, rw, allow_other, replace, grace=AGE, keep=AGE, log_file=FILE, and what mount(8) \
-                  takes for any filesystem"
+            "there are ro, rw, allow_other, replace, grace=AGE, drain=TIME, keep=AGE, registry=URL, \
+             registry_auth=FILE, sweep_every=TIME, sweep_window=HH:MM-HH:MM, log_file=FILE, and what mount(8) takes for any \
+             filesystem"
                 .to_string(),
         ),
     }

@@ -21,16 +21,16 @@ const AUTH_LIMIT: usize = 64 << 10;
 pub(super) struct RegistryArgs {
     /// Ask the registries there before a blob goes, all that serve this storage; by default those of config.yml
     #[arg(long, value_name = "URL", value_delimiter = ',', value_parser = url)]
-    registry: Vec<String>,
+    pub(super) registry: Vec<String>,
     /// A file with user:password or Bearer <token> for them; or the variable REGFS_REGISTRY_AUTH
     #[arg(long, value_name = "FILE")]
-    registry_auth: Option<PathBuf>,
+    pub(super) registry_auth: Option<PathBuf>,
     /// How long a request to a registry may be under way
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
     pub(super) drain: Duration,
 }
 
-fn url(text: &str) -> std::result::Result<String, String> {
+pub(super) fn url(text: &str) -> std::result::Result<String, String> {
     let is_url = ["http://", "https://"]
         .iter()
         .any(|scheme| text.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty()));

@@ -22,7 +22,7 @@ use crate::view::stale::Stale;
 use crate::watch::{Changes, Watch};
 
 /// How old a look at the storage may be where nothing tells of changes.
-const FRESH: Duration = Duration::from_secs(1);
+pub(super) const FRESH: Duration = Duration::from_secs(1);
 /// How much older it may be than it takes.
 pub(super) const COST_FACTOR: u32 = 20;
 /// How often everything is looked at although the kernel tells of changes.

@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::sync::MutexGuard;
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::{Engine, LOCK_WAIT, locked};
@@ -43,7 +43,7 @@ enum Target {
 
 impl Engine {
     /// Removes the name of a file or a symlink.
-    pub fn unlink(&self, parent: Node, name: &OsStr, author: &Author) -> Result<()> {
+    pub fn unlink(self: &Arc<Engine>, parent: Node, name: &OsStr, author: &Author) -> Result<()> {
         if self.settings.read_only {
             return Err(Error::ReadOnly);
         }
@@ -61,7 +61,10 @@ impl Engine {
                 _ => {
                     let removal = removal(catalog, found, &target)?;
                     let transaction = self.transaction(changing, author, &path)?;
-                    edit::take(&*self.store, catalog, found, &removal, &transaction)
+                    let after = edit::take(&*self.store, catalog, found, &removal, &transaction)?;
+                    let manifests = removal.revisions.iter().map(|id| catalog.digest(*id));
+                    self.forget_manifests(&repository, manifests);
+                    Ok(after)
                 }
             })
         };

@@ -231,7 +231,7 @@ impl RegistryFilesystem {
         parent: INodeNo,
         name: &OsStr,
         reply: ReplyEmpty,
-        act: impl FnOnce(&Engine, Node, &OsStr) -> Result<()> + Send + 'static,
+        act: impl FnOnce(&Arc<Engine>, Node, &OsStr) -> Result<()> + Send + 'static,
     ) {
         let Some(parent) = Node::of_inode(parent.0) else { return reply.error(Errno::ENOENT) };
         let (engine, name) = (self.engine.clone(), name.to_os_string());

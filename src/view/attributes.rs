@@ -62,7 +62,7 @@ impl View<'_> {
                 Some(Attributes { mode, size: size_of(node), modified: SystemTime::now(), ..plain })
             }
             // As in /proc: it takes a pass over all manifests to write it, too much for every `stat` of a `find`.
-            Node::WhyText(_) => Some(plain),
+            Node::WhyText(_) | Node::States => Some(plain),
             _ => Some(Attributes { size: size_of(node), ..plain }),
         })
     }

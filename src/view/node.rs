@@ -213,6 +213,8 @@ nodes! {
     57 WhyOf(algorithm: Algorithm),
     /// `reachability/why/sha256/<hex>`, and `why` in the directory of a reachable blob
     58 WhyText(digest: DigestId),
+    /// `reachability/unreachable/state`
+    59 States,
 }
 
 /// What a node is to `stat(2)`.

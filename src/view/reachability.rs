@@ -41,7 +41,9 @@ impl View<'_> {
             Node::ReachableBlob(id) => self.keepers(id),
             Node::Unreachable => {
                 let ids: Vec<DigestId> = snapshot.candidates(self.store).iter().map(|c| c.digest).collect();
-                self.algorithms_of(&ids, Node::UnreachableOf)
+                let mut entries = self.algorithms_of(&ids, Node::UnreachableOf);
+                entries.push(entry("state", Node::States));
+                entries
             }
             Node::UnreachableOf(algorithm) => snapshot
                 .candidates(self.store)

@@ -490,6 +490,7 @@ impl View<'_> {
             | Node::References(_)
             | Node::Blob(_)
             | Node::Summary
+            | Node::States
             | Node::Usage
             | Node::MissingBlob(_)
             | Node::BrokenFile(_)

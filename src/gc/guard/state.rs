@@ -200,6 +200,21 @@ impl Total {
     }
 }
 
+/// A line for each, with a line of titles: digest, bytes (`-`: nobody looked), state, since when, when it moves on (`-`:
+/// not a matter of time), transaction.
+pub fn table(standings: &[Standing]) -> String {
+    let mut text = String::from("digest\tbytes\tstate\tsince\tnext\ttransaction\n");
+    let time = |time: Option<SystemTime>| time.map_or_else(|| "-".to_string(), timestamp);
+    for standing in standings {
+        let Standing { digest, bytes, state, since, next, transaction } = standing;
+        let bytes = bytes.map_or_else(|| "-".to_string(), |bytes| bytes.to_string());
+        let transaction = transaction.as_deref().unwrap_or("-");
+        let (since, next) = (time(*since), time(*next));
+        text += &format!("{digest}\t{bytes}\t{}\t{since}\t{next}\t{transaction}\n", state.word());
+    }
+    text
+}
+
 fn rfc3339<S: serde::Serializer>(
     time: &Option<SystemTime>,
     serializer: S,

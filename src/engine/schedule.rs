@@ -1,0 +1,175 @@
+//! What a mount does by itself: sweeps now and then, looks where nobody tells of changes, and tells registries what was
+//! removed.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant, SystemTime};
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+
+use jiff::ZonedDateTime;
+use jiff::civil::Time;
+
+use super::fresh::{COST_FACTOR, FRESH};
+use super::{Engine, locked};
+use crate::digest::Digest;
+use crate::error::Error;
+use crate::gc::guard::gate::Registries;
+use crate::trash::Author;
+use crate::view::node::Node;
+
+/// How often it is asked whether something is due.
+const TICK: Duration = Duration::from_millis(500);
+/// The first sweep comes so long after the mount at the latest, so that a machine that is often started is swept, too.
+const FIRST: Duration = Duration::from_secs(60);
+
+/// A part of the day by the local clock, which may hold midnight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    from: Time,
+    to: Time,
+}
+
+impl Window {
+    /// Reads `01:00-05:00`.
+    pub fn parse(text: &str) -> Result<Window, String> {
+        let wrong = || format!("{text:?} is no part of the day; write for example 01:00-05:00");
+        let time = |text: &str| {
+            let (hour, minute) = text.trim().split_once(':')?;
+            let (hour, minute): (i8, i8) = (hour.parse().ok()?, minute.parse().ok()?);
+            Time::new(hour, minute, 0, 0).ok()
+        };
+        let (from, to) = text.split_once('-').ok_or_else(wrong)?;
+        match (time(from), time(to)) {
+            (Some(from), Some(to)) if from != to => Ok(Window { from, to }),
+            _ => Err(wrong()),
+        }
+    }
+
+    fn holds(&self, now: Time) -> bool {
+        match self.from < self.to {
+            true => self.from <= now && now < self.to,
+            false => self.from <= now || now < self.to,
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        self.holds(ZonedDateTime::now().time())
+    }
+}
+
+/// When sweeps begin by themselves.
+#[derive(Clone, Copy, Debug)]
+pub struct Schedule {
+    /// So long after the one before.
+    pub every: Duration,
+    /// Only then; one that still runs at its end is stopped.
+    pub window: Option<Window>,
+}
+
+/// Does by itself what is due, as long as there is an engine.
+pub fn run(engine: &Weak<Engine>, schedule: Option<Schedule>) {
+    let began = Instant::now();
+    let mut due = schedule.map(|schedule| began + schedule.every.min(FIRST));
+    let mut is_ours = false;
+    loop {
+        let Some(engine) = engine.upgrade() else { return };
+        engine.look_by_itself();
+        if let Some(Schedule { every, window }) = schedule {
+            let is_open = window.is_none_or(|window| window.is_open());
+            let is_running = engine.run.is_running.load(Ordering::SeqCst);
+            if is_ours && is_running && !is_open {
+                engine.run.watched.stop();
+            }
+            is_ours &= is_running;
+            let now = Instant::now();
+            if is_open && !is_running && due.is_some_and(|due| due <= now) {
+                due = Some(now + every);
+                is_ours = true;
+                let author = Author::current("regfs mount --sweep-every");
+                if let Err(e) = engine.command(Node::ControlGc, "sweep &", &author) {
+                    log::warn!("{e}");
+                }
+            }
+            let left = due.map(|due| due.saturating_duration_since(now));
+            locked(&engine.reports).next_sweep = left.map(|left| SystemTime::now() + left);
+        }
+        drop(engine);
+        std::thread::sleep(TICK);
+    }
+}
+
+impl Engine {
+    /// Looks at the storage where nobody tells of changes and something lies in the trash that may be in use again.
+    fn look_by_itself(&self) {
+        let (age, cost) = {
+            let looked = locked(&self.looked);
+            (looked.at.elapsed(), looked.cost)
+        };
+        if !self.is_watching()
+            && !self.settings.read_only
+            && !self.current().trash.is_empty()
+            && age > FRESH.max(cost * COST_FACTOR)
+            && let Ok(mut changing) = self.changing.try_lock()
+        {
+            self.refresh_whole(&mut changing);
+        }
+    }
+}
+
+/// Starts whoever tells registries what they are to forget.
+pub(super) fn forgetter(engine: &Arc<Engine>) -> Sender<(PathBuf, Digest)> {
+    let (sender, receiver) = channel();
+    let weak = Arc::downgrade(engine);
+    let spawned =
+        std::thread::Builder::new().name("forget".into()).spawn(move || forgetting(&weak, &receiver));
+    if let Err(e) = spawned {
+        engine.failed(&format!("could not start the thread that tells registries what was removed: {e}"));
+    }
+    sender
+}
+
+fn forgetting(engine: &Weak<Engine>, receiver: &Receiver<(PathBuf, Digest)>) {
+    loop {
+        let first = match receiver.recv_timeout(TICK) {
+            Ok(first) => first,
+            Err(RecvTimeoutError::Timeout) if engine.strong_count() > 0 => continue,
+            Err(_) => return,
+        };
+        let Some(engine) = engine.upgrade() else { return };
+        let Some(registries) = engine.registries.rememberers() else { continue };
+        for (repository, digest) in std::iter::once(first).chain(receiver.try_iter()) {
+            let told: Result<(), Error> = registries.forget(&repository, &digest);
+            if let Err(e) = told {
+                engine.failed(&format!(
+                    "{}@{digest} was removed, and a registry may still remember it: {e}",
+                    repository.display()
+                ));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn windows_are_parts_of_the_day() {
+        let time = |hour, minute| Time::new(hour, minute, 0, 0).unwrap();
+        let night = Window::parse("01:00-05:30").unwrap();
+        for (hour, minute, is_in) in [(0, 59, false), (1, 0, true), (5, 29, true), (5, 30, false)] {
+            assert_eq!(night.holds(time(hour, minute)), is_in, "{hour}:{minute}");
+        }
+        let midnight = Window::parse("22:00-02:00").unwrap();
+        for (hour, is_in) in [(21, false), (22, true), (0, true), (1, true), (2, false), (12, false)] {
+            assert_eq!(midnight.holds(time(hour, 0)), is_in, "{hour}");
+        }
+        for wrong in ["", "1-5", "01:00", "01:00-01:00", "25:00-05:00", "01:60-05:00", "a:b-c:d"] {
+            assert!(Window::parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}
