@@ -60,6 +60,16 @@ enum Command {
     Trash(trash::TrashArgs),
     /// Say what keeps a blob or a manifest, or since when it is garbage
     Why(why::WhyArgs),
+    /// Let go of a mount whose daemon was killed and can't end
+    #[command(hide = true)]
+    Guardian {
+        /// The daemon
+        daemon: u32,
+        /// What tells its mount from others
+        device: String,
+        /// Where it is mounted
+        mountpoint: PathBuf,
+    },
     /// Make a small registry to try regfs on
     Sample {
         /// A directory that does not exist yet, or is empty
@@ -110,6 +120,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>, environment: Environment<'
         Command::Gc(gc) => gc::run(&gc, &args, environment),
         Command::Trash(trash) => trash::run(&trash, &args, environment),
         Command::Why(why) => why::run(&why, environment),
+        Command::Guardian { daemon, device, mountpoint } => {
+            crate::fuse::mount::guardian::run(daemon, &device, &mountpoint).map(|()| Outcome::Done)
+        }
         Command::Sample { directory } => sample::run(&directory),
     });
     match result {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::{Gate, Probe, Said, UNKNOWN};
-use crate::registry_config::StoreArgument;
+use crate::registry_config::{self, StoreArgument};
 use http::{Client, Credentials};
 use processes::{Facts, Process};
 
@@ -24,7 +24,8 @@ use processes::{Facts, Process};
 pub struct Known {
     /// The directory that holds `docker/registry/v2`; `None` where processes are not to be looked at.
     root: Option<PathBuf>,
-    config: Option<StoreArgument>,
+    /// The config.yml that names it; read again each time, for it may change while we run.
+    config: Option<PathBuf>,
     urls: Vec<String>,
     credentials: Credentials,
 }
@@ -34,7 +35,10 @@ impl Known {
     pub fn new(argument: &StoreArgument, urls: &[String], credentials: Credentials) -> Known {
         Known {
             root: Some(argument.storage_root.clone()),
-            config: argument.from_config.is_some().then(|| argument.clone()),
+            config: argument
+                .from_config
+                .as_deref()
+                .map(|path| std::path::absolute(path).unwrap_or(path.to_path_buf())),
             urls: urls.to_vec(),
             credentials,
         }
@@ -84,7 +88,15 @@ impl Known {
 
     /// What is known of each of them.
     fn facts(&self, running: &[Process]) -> Vec<Facts> {
-        running.iter().map(Process::facts).chain(self.config.as_ref().map(Facts::of)).collect()
+        let of_config = |path: &PathBuf| match registry_config::resolve(path, &|name| std::env::var_os(name))
+        {
+            Ok(config) => Facts::of(&config),
+            Err(e) => {
+                log::warn!("{e}");
+                Facts::unknown()
+            }
+        };
+        running.iter().map(Process::facts).chain(self.config.as_ref().map(of_config)).collect()
     }
 
     /// All of them, if they can be asked; why not, otherwise.

@@ -5,6 +5,7 @@
 //! fusermount3.
 
 mod attach;
+pub mod guardian;
 mod table;
 mod users;
 
@@ -112,6 +113,10 @@ impl Mounted {
             }
         });
         let watch = watch.map_err(|e| Error::io("start a thread for", &self.mountpoint, e))?;
+        // Without it a daemon that is killed may leave clients that wait for ever; with luck it is never killed.
+        if let Err(e) = guardian::start(&self.mountpoint, &self.device) {
+            log::warn!("{e}");
+        }
         service_manager(NotifyState::Ready);
         let ended = self.session.join();
         engine.end();

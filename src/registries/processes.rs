@@ -26,6 +26,11 @@ pub(super) struct Facts {
 }
 
 impl Facts {
+    /// The worst.
+    pub(super) fn unknown() -> Facts {
+        Facts { remembers: true, read_only: false, proxy: false, url: None }
+    }
+
     /// What a configuration says.
     pub(super) fn of(config: &StoreArgument) -> Facts {
         Facts {
@@ -56,7 +61,7 @@ impl Process {
     pub(super) fn facts(&self) -> Facts {
         match &self.config {
             Some(config) => Facts::of(config),
-            None => Facts { remembers: true, read_only: false, proxy: false, url: None },
+            None => Facts::unknown(),
         }
     }
 

@@ -176,6 +176,11 @@ impl Registry {
         names.map(|name| name.as_str().unwrap().to_string()).collect()
     }
 
+    /// Pulls an image whole; why it does not pull, otherwise.
+    pub(crate) fn pulls(&self, reference: &str) -> Result<(), String> {
+        self.pull_everything(reference, &mut BTreeSet::new())
+    }
+
     /// Pulls `<repository>:<tag>` or `<repository>@<digest>` with its children, config and layers; every byte is
     /// hashed. What is in `pulled` was pulled a moment ago.
     fn pull_everything(&self, reference: &str, pulled: &mut BTreeSet<String>) -> Result<(), String> {
