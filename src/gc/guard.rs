@@ -92,7 +92,10 @@ impl Round<'_> {
         {
             probe.0.verify(self.store, &repository.name)?;
         }
-        let transactions = trash::contents(self.store)?;
+        let mut transactions = trash::contents(self.store)?;
+        if matches!(self.options.gate, Gate::Probe(_)) {
+            self.adopt(&mut transactions)?;
+        }
         let id_of = |digest: &Digest| self.catalog.tables.digests.find(digest);
         let staged: IdSet = transactions.iter().flat_map(Contents::staged).filter_map(id_of).collect();
         let blobs: HashMap<DigestId, u64> = plan
@@ -163,6 +166,22 @@ impl Round<'_> {
             course.due.iter().flat_map(Contents::staged).filter_map(id_of).collect();
         course.plan.young.retain(|young| !moving.contains(&young.digest));
         Ok(course)
+    }
+
+    /// Manifests that were removed at once, by `rm` or because no tag led to them, wait like fenced blobs beside a registry that
+    /// remembers: whoever saw one right before may have made it remember again after it was told to forget.
+    fn adopt(&self, transactions: &mut [Contents]) -> Result<()> {
+        let has_revisions =
+            |t: &Contents| t.files.iter().any(|path| matches!(layout::classify(path), Kind::Revision(..)));
+        for transaction in transactions.iter_mut().filter(|t| t.stage.is_none() && has_revisions(t)) {
+            let stage = Stage {
+                fenced_at: Some(Moment::now()),
+                ..Stage::begin(self.options.drain, SystemTime::now(), Vec::new())
+            };
+            stage.write(self.store, &transaction.id)?;
+            transaction.stage = Some(Ok(stage));
+        }
+        Ok(())
     }
 
     /// Since when what is dead; written down, so that the next run knows.
@@ -404,8 +423,9 @@ impl Round<'_> {
             let own = links.remove(digest).unwrap_or_default();
             let mut repositories: HashSet<(PathBuf, Digest)> =
                 own.iter().filter_map(|path| claim(path)).collect();
+            let fenced = repositories.clone();
             repositories.extend(known.get(digest).into_iter().flatten().cloned());
-            if self.is_remembered(&repositories)? {
+            if self.is_remembered(&repositories, &fenced)? {
                 refused.push(Refused { from: transaction.id.clone(), digest: *digest, links: own });
                 continue;
             }
@@ -415,6 +435,13 @@ impl Round<'_> {
                 taken.transaction = Some(transaction.id.clone());
             }
             progress.step(1);
+        }
+        if let Gate::Probe(probe) = &self.options.gate {
+            for path in &transaction.files {
+                if let Kind::Revision(repository, digest) = layout::classify(path) {
+                    probe.0.forget(&repository, &digest)?;
+                }
+            }
         }
         let waits: HashSet<&Digest> = refused.iter().map(|refused| &refused.digest).collect();
         self.store.sync()?;
@@ -439,18 +466,26 @@ impl Round<'_> {
         places
     }
 
-    /// Whether a registry would say that it has the blob.
-    fn is_remembered(&self, repositories: &HashSet<(PathBuf, Digest)>) -> Result<bool> {
+    /// Whether a registry would say that it has the blob. If so it is told to forget it; but only where we hold the link:
+    /// a DELETE also removes one that an upload writes in this moment, and ours is what then comes back.
+    fn is_remembered(
+        &self,
+        repositories: &HashSet<(PathBuf, Digest)>,
+        fenced: &HashSet<(PathBuf, Digest)>,
+    ) -> Result<bool> {
         let registries: &dyn Registries = match &self.options.gate {
             Gate::Off => return Ok(false),
             Gate::Probe(probe) => &*probe.0,
             Gate::Stop { .. } | Gate::Stopped => return Ok(true),
         };
         let mut is_remembered = false;
-        for (repository, digest) in repositories {
+        for place in repositories {
+            let (repository, digest) = place;
             if registries.remembers(repository, digest)? {
-                registries.forget(repository, digest)?;
                 is_remembered = true;
+                if fenced.contains(place) {
+                    registries.forget(repository, digest)?;
+                }
             }
         }
         Ok(is_remembered)
