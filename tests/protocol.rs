@@ -18,8 +18,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
-use std::collections::HashSet;
 use std::fmt::Write as _;
+
+use hashbrown::HashSet;
 
 const REPOSITORIES: [usize; 2] = [0, 1];
 
@@ -739,8 +740,21 @@ fn no_interleaving_loses_a_push_and_each_step_that_is_left_out_does() {
             false,
         ),
     ];
-    for (what, object, setting, without, is_needed) in cases {
-        let (states, loss) = check(object, setting, without);
+    let all = [
+        (Object::Layer, Setting::Off),
+        (Object::Layer, Setting::Probe),
+        (Object::Layer, Setting::Stop),
+        (Object::Manifest, Setting::Off),
+        (Object::Child, Setting::Off),
+        (Object::Child, Setting::Probe),
+    ];
+    let (lacking, whole) = std::thread::scope(|scope| {
+        let lacking = cases
+            .map(|(_, object, setting, without, _)| scope.spawn(move || check(object, setting, without)));
+        let whole = all.map(|(object, setting)| scope.spawn(move || check(object, setting, nothing)));
+        (lacking.map(|thread| thread.join().unwrap()), whole.map(|thread| thread.join().unwrap()))
+    });
+    for ((what, object, setting, _, is_needed), (states, loss)) in cases.into_iter().zip(lacking) {
         writeln!(text, "\n### {object:?}, {}, without {what}\n", name(setting)).unwrap();
         assert_eq!(loss.is_some(), is_needed, "{object:?} without {what}: {loss:#?}");
         match loss {
@@ -756,16 +770,7 @@ fn no_interleaving_loses_a_push_and_each_step_that_is_left_out_does() {
         }
     }
     text += "\n## All of them\n\n| what goes | registry | states | losses |\n|---|---|--:|--:|\n";
-    let all = [
-        (Object::Layer, Setting::Off),
-        (Object::Layer, Setting::Probe),
-        (Object::Layer, Setting::Stop),
-        (Object::Manifest, Setting::Off),
-        (Object::Child, Setting::Off),
-        (Object::Child, Setting::Probe),
-    ];
-    for (object, setting) in all {
-        let (states, loss) = check(object, setting, nothing);
+    for ((object, setting), (states, loss)) in all.into_iter().zip(whole) {
         assert!(loss.is_none(), "{object:?}, {setting:?}: {loss:#?}");
         writeln!(text, "| {object:?} | {} | {states} | 0 |", name(setting)).unwrap();
     }

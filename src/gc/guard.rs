@@ -87,12 +87,13 @@ pub(super) struct Course {
 impl Round<'_> {
     /// Decides which step is due for which garbage of `plan`.
     pub(super) fn decide(&self, plan: Plan) -> Result<Course> {
+        let mut transactions = trash::contents(self.store)?;
         if let Gate::Probe(probe) = &self.options.gate
             && let Some(repository) = self.catalog.repositories.values().find(|r| r.is_valid)
+            && (!plan.items.is_empty() || transactions.iter().any(|t| t.stage.is_some()))
         {
             probe.0.verify(self.store, &repository.name)?;
         }
-        let mut transactions = trash::contents(self.store)?;
         if matches!(self.options.gate, Gate::Probe(_)) {
             self.adopt(&mut transactions)?;
         }

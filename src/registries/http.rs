@@ -15,7 +15,7 @@ use ureq::http::{Request, Response};
 use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
-use crate::digest::Digest;
+use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::Registries;
 use crate::layout;
@@ -123,7 +123,7 @@ impl Client {
     /// Whether each of them answers and deletes.
     pub fn check(&self) -> Result<()> {
         // Of a blob that can't be: where deleting is not allowed, the answer is another one than "unknown".
-        let nothing = Digest::from_bytes(crate::digest::Algorithm::Sha256, &[0; 32]);
+        let nothing = Digest::from_bytes(Algorithm::Sha256, &[0; 32]);
         let repository = Path::new("regfs-asks");
         for url in &self.urls {
             let (status, _) =
@@ -284,7 +284,14 @@ impl Registries for Client {
             if let Some(location) = header("location") {
                 self.call(url, "DELETE", location, &scope(repository, "pull,push,delete"))?;
             }
-            if found?.flatten().is_none() {
+            let found = found?.flatten();
+            if found.is_some() {
+                // 2.8 leaves the state of the hash, and the directories.
+                let state = layout::upload_hash_state(repository, upload.as_ref(), Algorithm::Sha256, 0);
+                store.remove(&[state]).into_iter().next().map_or(Ok(()), Err)?;
+                store.prune(&layout::upload_dir(repository, upload.as_ref()))?;
+            }
+            if found.is_none() {
                 return Err(Error::invalid(format!(
                     "the registry at {url} stores somewhere else than {}; give the URL of the one that serves this storage",
                     store.full(Path::new("")).display()

@@ -25,6 +25,8 @@ pub(crate) struct Registry {
     process: Option<Child>,
     port: u16,
     cache: bool,
+    /// Somebody else's storage, if it is not its own.
+    storage: Option<PathBuf>,
     dir: TempDir,
 }
 
@@ -41,7 +43,7 @@ impl Registry {
 
     /// Starts one that keeps everything in `dir`.
     pub(crate) fn start_in(dir: TempDir, cache: bool) -> Registry {
-        let mut registry = Registry { process: None, port: 0, cache, dir };
+        let mut registry = Registry { process: None, port: 0, cache, storage: None, dir };
         // The whole tree is there from the start, as after a first push.
         fs::create_dir_all(registry.store().join("docker/registry/v2/repositories")).unwrap();
         fs::create_dir_all(registry.store().join("docker/registry/v2/blobs")).unwrap();
@@ -51,7 +53,35 @@ impl Registry {
 
     /// The `rootdirectory`.
     pub(crate) fn store(&self) -> PathBuf {
-        self.dir.path().join("store")
+        self.storage.clone().unwrap_or_else(|| self.dir.path().join("store"))
+    }
+
+    /// Where it listens, on 127.0.0.1.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Starts it again with another configuration.
+    pub(crate) fn change_config(&mut self, change: &dyn Fn(String) -> String) {
+        self.stop();
+        let config = change(fs::read_to_string(self.config()).unwrap());
+        fs::write(self.config(), config).unwrap();
+        for _ in 0..5 {
+            // The port was ours a moment ago.
+            if self.spawn() {
+                return;
+            }
+        }
+        panic!("docker-registry did not start: {}", fs::read_to_string(self.log()).unwrap());
+    }
+
+    /// Another process on the same storage.
+    pub(crate) fn another(&self) -> Registry {
+        let dir = scratch();
+        let mut other =
+            Registry { process: None, port: 0, cache: self.cache, storage: Some(self.store()), dir };
+        other.restart();
+        other
     }
 
     /// Its config.yml.
@@ -102,6 +132,10 @@ impl Registry {
             self.port
         );
         fs::write(self.config(), config).unwrap();
+        self.spawn()
+    }
+
+    fn spawn(&mut self) -> bool {
         let log = fs::File::create(self.log()).unwrap();
         // setpriv: it must not outlive us however we end.
         let mut process = clean("setpriv")
