@@ -46,6 +46,8 @@ use fresh::Listener;
 use journal::Journal;
 use remove::Open;
 
+/// The priority of a run that nobody waits for (nice(2)).
+const LEAST_PRIORITY: i32 = 19;
 /// So many manifests take longer to read than to find in the cache.
 const WORTH_KEEPING: usize = 5_000;
 /// How long a change waits for another regfs.
@@ -500,6 +502,10 @@ impl Engine {
                 }
                 let (engine, author) = (self.clone(), author.clone());
                 let run = move || {
+                    // Nobody waits for it: clients of the registry come first.
+                    if let Err(e) = rustix::process::setpriority_process(None, LEAST_PRIORITY) {
+                        log::debug!("could not lower the priority of the collection: {e}");
+                    }
                     if let Err(e) = engine.collect(options, said, &author) {
                         engine.failed(&e.to_string());
                         if !matches!(e, Error::Unfinished { .. }) {

@@ -35,6 +35,7 @@ use crate::clock::Moment;
 use crate::error::{Error, Result};
 pub use crate::progress::{Progress, Unwatched};
 use crate::store::Store;
+use crate::store::limited::Limited;
 use crate::trash::purge::Purged;
 use crate::trash::undo::Undone;
 use crate::trash::{self, Author, Selection};
@@ -74,6 +75,8 @@ pub struct Options {
     pub gate: Gate,
     /// How long a request to one of them may be under way.
     pub drain: Duration,
+    /// At most so many calls to the storage in a second; `None` is as many as it takes.
+    pub rate: Option<u32>,
     /// In a dry run, don't read tags: what only a tag names whose manifest was deleted is counted, although a sweep
     /// leaves it.
     pub quick: bool,
@@ -105,6 +108,7 @@ impl Default for Options {
             now: false,
             gate: Gate::unknown(),
             drain: DEFAULT_DRAIN,
+            rate: None,
             quick: false,
             cache: None,
         }
@@ -139,6 +143,19 @@ const LOCK_WAIT: Duration = Duration::from_secs(5);
 /// Everything up to the first change: [`Error::Unjudged`] with all that can't be judged, [`Error::Busy`] when
 /// another regfs changes the store, failing calls. After it, failures are listed in the report.
 pub fn run(
+    store: &dyn Store,
+    tables: &Tables,
+    options: &Options,
+    author: &Author,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    match options.rate {
+        Some(rate) => collect(&Limited::new(store, rate), tables, options, author, progress),
+        None => collect(store, tables, options, author, progress),
+    }
+}
+
+fn collect(
     store: &dyn Store,
     tables: &Tables,
     options: &Options,

@@ -9,6 +9,7 @@
 //! keys, as an object store would, and serves tests.
 
 pub mod disk;
+pub mod limited;
 pub mod memory;
 
 use std::ffi::{OsStr, OsString};

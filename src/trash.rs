@@ -264,7 +264,8 @@ impl Contents {
             return Ok(());
         }
         let directory = layout::transaction(&self.id);
-        let own = [layout::TRANSACTION_FILE, layout::STAGE_FILE].into_iter().chain(UNWRITTEN);
+        // The description last: what is left of one without it has no age.
+        let own = UNWRITTEN.into_iter().chain([layout::STAGE_FILE, layout::TRANSACTION_FILE]);
         let failures = store.remove(&own.map(|name| directory.join(name)).collect::<Vec<_>>());
         failures.into_iter().next().map_or(Ok(()), Err)?;
         store.prune(&directory)

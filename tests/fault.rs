@@ -435,3 +435,37 @@ fn an_index_whose_bytes_are_back_holds_its_children_at_once() {
     let refused = engine.unlink(team, name, &author()).unwrap_err();
     assert_eq!(refused.errno(), libc::EBUSY, "{refused}");
 }
+
+/// Beside a registry a sweep takes several runs; whatever fails in any of them, the runs after it end what was begun.
+#[test]
+fn a_failing_sweep_beside_a_registry_goes_on_with_the_next_run() {
+    let fixture = Fixture::new();
+    let beside =
+        Options { drain: Duration::ZERO, keep: Duration::ZERO, gate: Gate::Off, ..options(false, false) };
+    let runs = |store: &dyn Store| (0..4).map(|_| sweep(store, &beside)).collect::<Vec<_>>();
+    let store = old_store(&fixture.before);
+    let clean = Faulty::new(store.clone(), Fault::Never, 0);
+    assert_eq!(runs(&*clean), [const { Ok(()) }; 4]);
+    let expected = store.snapshot();
+    assert_eq!(trash(&expected), Default::default(), "four runs are enough");
+    let mut faults: Vec<Fault> =
+        (0..clean.changes()).flat_map(|n| [Fault::LateAt(n), Fault::DieAfter(n)]).collect();
+    // Each call of each run would take minutes.
+    faults.extend((0..clean.calls().len()).step_by(19).flat_map(|n| [Fault::GlitchAt(n), Fault::CutFrom(n)]));
+    for (at, fault) in faults.iter().enumerate() {
+        let store = old_store(&fixture.before);
+        let faulty = Faulty::new(store.clone(), fault.clone(), ERRORS[at % ERRORS.len()]);
+        runs(&*faulty).into_iter().for_each(drop);
+        let lacks = Live::of(&store.snapshot()).lacks;
+        let known = Live::of(&fixture.before).lacks;
+        assert_eq!(lacks.difference(&known).next(), None, "{fault:?}: live images lack");
+        for run in runs(&*store).into_iter().chain(runs(&*store)) {
+            run.unwrap_or_else(|e| panic!("{fault:?}: a run after it: {e}"));
+        }
+        let after = store.snapshot();
+        assert_eq!(Live::of(&after).lacks, BTreeSet::new(), "{fault:?}: after the runs that follow");
+        assert_eq!(blobs(&after), blobs(&expected), "{fault:?}: garbage after the runs that follow");
+        assert_eq!(trash(&after), Default::default(), "{fault:?}: trash after the runs that follow");
+    }
+    println!("{} faults", faults.len());
+}

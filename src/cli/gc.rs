@@ -75,6 +75,9 @@ pub(super) struct GcArgs {
     /// Free the bytes at once; for a registry that is stopped or read-only
     #[arg(long)]
     now: bool,
+    /// Ask at most so much of the storage in a second (calls: looks, moves, removals)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    rate: Option<u32>,
     /// How many threads look at the store; if not given 32, which pays on a cold disk, or one for each processor
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -105,6 +108,7 @@ impl GcArgs {
             now: self.now,
             gate: Gate::unknown(),
             drain: self.registry.drain,
+            rate: self.rate,
             quick: self.quick,
             cache: match &self.cache_dir {
                 _ if self.no_cache => None,

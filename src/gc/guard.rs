@@ -514,8 +514,11 @@ impl Round<'_> {
             return Ok(false);
         }
         let path = layout::blob_data(digest);
-        if !self.store.rename(&path, &transaction.path_of(&path))? {
-            return Ok(false);
+        match self.store.rename(&path, &transaction.path_of(&path)) {
+            Ok(true) => {}
+            // An upload has brought the same bytes once more: those go when these are purged.
+            Ok(false) | Err(Error::Exists { .. }) => return Ok(false),
+            Err(e) => return Err(e),
         }
         // Whatever can't be told brings the bytes back.
         let linked = is_linked();

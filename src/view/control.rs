@@ -11,12 +11,13 @@ use crate::trash::Selection;
 
 /// What `control/gc` understands.
 pub const GC_GRAMMAR: &str = "dry-run | sweep [untagged[=7d]] [repository=GLOB] [uploads=7d] [referrers=orphans] [repair] [thorough] \
-     [grace=24h] [drain=10m] [keep=7d] [registry-stopped [force]] [now] | stop, with an optional & at the end";
+     [grace=24h] [drain=10m] [keep=7d] [rate=N] [registry-stopped [force]] [now] | stop, with an optional & at the end";
 /// What `control/trash` understands.
 pub const TRASH_GRAMMAR: &str = "undo <transaction> | purge [<transaction>|older=7d]";
 
 /// A command to `control/gc`.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "there is one for each command that is written")]
 pub enum GcCommand {
     /// Run a collection; what was said of registries; `true`: return at once.
     Run(Options, Said, bool),
@@ -58,6 +59,16 @@ pub fn parse_referrers(text: &str) -> std::result::Result<bool, String> {
     }
 }
 
+/// Reads how many calls to the storage are made in a second.
+pub fn parse_rate(text: &str) -> std::result::Result<u32, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => {
+            Err(format!("{text:?} is no rate; write how many calls to the storage a second may have"))
+        }
+        Ok(rate) => Ok(rate),
+    }
+}
+
 /// Applies one word to the options of a collection.
 fn parse_option(word: &str, options: &mut Options) -> std::result::Result<(), String> {
     match word.split_once('=') {
@@ -73,6 +84,7 @@ fn parse_option(word: &str, options: &mut Options) -> std::result::Result<(), St
         Some(("uploads", value)) => options.uploads = parse_duration(value)?,
         Some(("referrers", value)) => options.orphans = parse_referrers(value)?,
         Some(("grace", value)) => options.grace = parse_duration(value)?,
+        Some(("rate", value)) => options.rate = Some(parse_rate(value)?),
         Some(("drain", value)) => options.drain = parse_duration(value)?,
         Some(("keep", value)) => options.keep = parse_duration(value)?,
         _ => return Err(format!("unknown word {word:?}")),
@@ -202,6 +214,8 @@ mod tests {
             "sweep ignore-damaged",
             "sweep force",
             "sweep drain",
+            "sweep rate=0",
+            "sweep rate=fast",
             "stop now",
             "\0",
             "sweep\nnow",
