@@ -303,7 +303,7 @@ part_sweep() {
     main_store
     for ((round = 0; round <= runs; round++)); do
         regfs "regfs, dry run" "$main" "${uncached[@]}"
-        must measure "regfs, sweep" "$regfs" gc "$main" --grace 0 "${uncached[@]}"
+        must measure "regfs, sweep" "$regfs" gc "$main" --grace 0 --registry-stopped "${uncached[@]}"
         transaction=$("$regfs" trash "$main" list | awk '$1 ~ /-sweep/ {id = $1} END {print id}')
         [ -n "$transaction" ] || fail "the sweep took nothing, so there is nothing to compare"
         must measure "regfs, undo" "$regfs" trash "$main" undo "$transaction"

@@ -339,6 +339,8 @@ fn finish(
     doomed.retain(|id| Some(id) != own.as_ref());
     if options.gate.is_beside() {
         doomed = purgeable(store, doomed, look, options.keep)?.0;
+        // A registry may remember what rm took; as long as that is in the trash, it comes back when it is used.
+        doomed.retain(|id| trash::is_swept(id) || !matches!(options.gate, Gate::Stop { .. }));
     }
     if let Some(own) = own.filter(|_| options.now) {
         let ended = trash::purge::undone_only_with(store, &own)?;

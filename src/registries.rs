@@ -10,7 +10,7 @@
 pub mod http;
 mod processes;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -34,11 +34,9 @@ impl Known {
     /// What `argument` says, with further `urls` of registries.
     pub fn new(argument: &StoreArgument, urls: &[String], credentials: Credentials) -> Known {
         Known {
-            root: Some(argument.storage_root.clone()),
-            config: argument
-                .from_config
-                .as_deref()
-                .map(|path| std::path::absolute(path).unwrap_or(path.to_path_buf())),
+            // A daemon leaves its working directory.
+            root: Some(absolute(&argument.storage_root)),
+            config: argument.from_config.as_deref().map(absolute),
             urls: urls.to_vec(),
             credentials,
         }
@@ -52,7 +50,7 @@ impl Known {
         if said == Said::StoppedForSure {
             return Ok(Gate::Stopped);
         }
-        let running = self.running();
+        let running = self.running()?;
         if said == Said::Stopped {
             return match running.first() {
                 None => Ok(Gate::Stopped),
@@ -82,8 +80,8 @@ impl Known {
         })
     }
 
-    fn running(&self) -> Vec<Process> {
-        self.root.as_deref().map(processes::serving).unwrap_or_default()
+    fn running(&self) -> Result<Vec<Process>> {
+        self.root.as_deref().map_or(Ok(Vec::new()), processes::serving)
     }
 
     /// What is known of each of them.
@@ -123,8 +121,12 @@ impl Known {
 
     /// The registries that are to forget what is removed; `None` where none remembers or none can be told.
     pub fn rememberers(&self) -> Option<Client> {
-        let facts = self.facts(&self.running());
+        let facts = self.facts(&self.running().ok()?);
         let may_remember = !self.urls.is_empty() || facts.iter().any(|facts| facts.remembers);
         self.ask(facts).ok().filter(|_| may_remember)
     }
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }

@@ -204,7 +204,7 @@ impl Contents {
 
     /// Whether a sweep took it: its name says so.
     pub fn is_swept(&self) -> bool {
-        self.id.split('-').any(|part| part == SWEEP)
+        is_swept(&self.id)
     }
 
     /// Whether the file at `path` was taken by it.
@@ -283,6 +283,11 @@ impl Contents {
         }
         Ok(bytes)
     }
+}
+
+/// Whether a transaction of that name is that of a sweep.
+pub fn is_swept(id: &str) -> bool {
+    id.split('-').any(|part| part == SWEEP)
 }
 
 /// Where a path stands in the order in which things come back; taking goes the other way.

@@ -96,7 +96,7 @@ fn wait_goes_all_the_way() {
         return;
     }
     let (registry, gone) = garbage(true);
-    let words = [&TIMES[..], &["--wait"]].concat();
+    let words = ["--grace", "50ms", "--drain", "50ms", "--keep", "1h", "--wait"];
     let report = gc_beside(&registry.config(), &words);
     assert_eq!(in_state(&report, "quarantined"), 2, "{:?}", report.states);
     assert!(!blob_of(&registry, &layer_of(&gone)).exists());
@@ -385,4 +385,38 @@ fn a_push_at_any_moment_of_a_sweep_lasts_with_a_cache() {
     if have(NEEDS) {
         at_any_moment(true);
     }
+}
+
+/// What `rm` took of a repository is needed again by a push that a registry takes from memory: as long as that may be,
+/// nothing purges it.
+#[test]
+fn what_rm_took_is_not_purged_while_a_registry_may_remember_it() {
+    if !have(&[NEEDS, &["fuse", "root"]].concat()) {
+        return;
+    }
+    let registry = Registry::start_with(true);
+    registry.push("app", Some("stays"), &image("stays"));
+    registry.push("gone", Some("1"), &image("gone"));
+    let mount = Mount::with(&registry.store(), &TIMES);
+    fs::remove_dir_all(mount.path("images/gone")).unwrap();
+    mount.unmount();
+    assert_eq!(transactions(&registry.store()).len(), 1);
+    // It answers nowhere that is known: kept, however long.
+    let unknown = [&TIMES[..], &["--registry", "http://127.0.0.1:1"]].concat();
+    for _ in 0..3 {
+        std::thread::sleep(A_STEP);
+        assert_eq!(gc_beside(&registry.store(), &unknown).gate, "stop");
+    }
+    assert_eq!(transactions(&registry.store()).len(), 1);
+    // Asked, and told twice to forget: it goes.
+    let is_purged = (0..10).any(|_| {
+        step(&registry.config());
+        transactions(&registry.store()).iter().all(|id| !id.contains("rm"))
+    });
+    assert!(is_purged);
+    for blob in image("gone").blobs.iter() {
+        let path = format!("gone/blobs/{}", common::check::sha256(blob));
+        assert_eq!(registry.api("HEAD", &path, &[], &[]).status, 404);
+    }
+    registry.pull("app:stays");
 }

@@ -169,12 +169,11 @@ impl Round<'_> {
         Ok(course)
     }
 
-    /// Manifests that were removed at once, by `rm` or because no tag led to them, wait like fenced blobs beside a registry that
-    /// remembers: whoever saw one right before may have made it remember again after it was told to forget.
+    /// Manifests and links that were removed at once, by `rm` or because no tag led to them, wait like fenced blobs beside a
+    /// registry that remembers: whoever saw one right before may have made it remember again after it was told to forget.
     fn adopt(&self, transactions: &mut [Contents]) -> Result<()> {
-        let has_revisions =
-            |t: &Contents| t.files.iter().any(|path| matches!(layout::classify(path), Kind::Revision(..)));
-        for transaction in transactions.iter_mut().filter(|t| t.stage.is_none() && has_revisions(t)) {
+        let has_such = |t: &Contents| t.files.iter().any(|path| is_to_be_forgotten(t, path));
+        for transaction in transactions.iter_mut().filter(|t| t.stage.is_none() && has_such(t)) {
             let stage = Stage {
                 fenced_at: Some(Moment::now()),
                 ..Stage::begin(self.options.drain, SystemTime::now(), Vec::new())
@@ -439,7 +438,10 @@ impl Round<'_> {
         }
         if let Gate::Probe(probe) = &self.options.gate {
             for path in &transaction.files {
-                if let Kind::Revision(repository, digest) = layout::classify(path) {
+                if let Kind::Revision(repository, digest) | Kind::LayerLink(repository, digest) =
+                    layout::classify(path)
+                    && is_to_be_forgotten(transaction, path)
+                {
                     probe.0.forget(&repository, &digest)?;
                 }
             }
@@ -555,6 +557,16 @@ fn claim(path: &Path) -> Option<(PathBuf, Digest)> {
     match layout::classify(path) {
         Kind::LayerLink(repository, digest) => Some((repository, digest)),
         _ => None,
+    }
+}
+
+/// Whether a registry may remember what was taken from `path`, and nothing but a drain has been waited for. Links that a
+/// sweep took belong to its blobs, for which there is a gate.
+fn is_to_be_forgotten(transaction: &Contents, path: &Path) -> bool {
+    match layout::classify(path) {
+        Kind::Revision(..) => true,
+        Kind::LayerLink(..) => !transaction.is_swept(),
+        _ => false,
     }
 }
 

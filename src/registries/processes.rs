@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::error::{Error, Result};
 use crate::registry_config::{self, StoreArgument};
 
 /// What matters of a registry.
@@ -75,11 +76,15 @@ impl Process {
 }
 
 /// The registries that serve the storage below `root`, or may.
-pub(super) fn serving(root: &Path) -> Vec<Process> {
-    let Ok(own) = fs::metadata(root) else { return Vec::new() };
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+///
+/// # Errors
+/// There is no telling: the storage or the table of processes can't be looked at.
+pub(super) fn serving(root: &Path) -> Result<Vec<Process>> {
+    let own = fs::metadata(root).map_err(|e| Error::io("look at", root, e))?;
+    let processes = Path::new("/proc");
+    let entries = fs::read_dir(processes).map_err(|e| Error::io("look for registries in", processes, e))?;
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter_map(|pid| process(pid, (own.dev(), own.ino()))).collect()
+    Ok(pids.filter_map(|pid| process(pid, (own.dev(), own.ino()))).collect())
 }
 
 /// The registry with that number if it serves the storage, or may. One that ends meanwhile does not.
