@@ -10,7 +10,7 @@
 //! 4. Taking is moving to the trash, in the order tag → revision → layer link → blob with a sync between the steps,
 //!    so that the registry is valid at every instant; then the rest of the leftovers. Only a purge removes bytes; a
 //!    sweep itself removes nothing but directories with nothing in them.
-//! 5. What a manifest names again is given back before anything else ([`give_back`]).
+//! 5. What a manifest names again is given back before anything else ([`mod@give_back`]).
 //! 6. Unless it is said that no registry runs, blobs go in steps, a run for each ([`guard`]).
 
 pub mod give_back;

@@ -18,7 +18,7 @@
 //! the ledger, so nothing is lost with the process, and a machine that was down for a week goes on where it was.
 //!
 //! # Rules kept here
-//! 1. Before anything else, what is in use again goes back ([`super::give_back`]): a manifest leads to it, a link to it
+//! 1. Before anything else, what is in use again goes back ([`mod@super::give_back`]): a manifest leads to it, a link to it
 //!    was written, or one was written late into a file that had just moved.
 //! 2. A step counts as waited for when the look that found the blob unused *began* after the wait was over. Waits are
 //!    measured by a clock that nobody sets; after a reboot from the boot.
