@@ -22,7 +22,7 @@ pub(super) struct RegistryArgs {
     /// Ask the registries there before a blob goes, all that serve this storage; by default those of config.yml
     #[arg(long, value_name = "URL", value_delimiter = ',', value_parser = url)]
     pub(super) registry: Vec<String>,
-    /// A file with user:password or Bearer <token> for them; or the variable REGFS_REGISTRY_AUTH
+    /// A file with user:password, or Bearer and a token, for them; or the variable REGFS_REGISTRY_AUTH
     #[arg(long, value_name = "FILE")]
     pub(super) registry_auth: Option<PathBuf>,
     /// How long a request to a registry may be under way
