@@ -53,6 +53,12 @@ impl Known {
         let running = self.running()?;
         if said == Said::Stopped {
             return match running.first() {
+                None if self.facts(&running).iter().any(|facts| facts.remembers_for_ever) => {
+                    Err(Error::invalid(
+                        "registry-stopped was said, but the registry's cache.blobdescriptor outlives it (redis): empty that and \
+                     say force, too, or let it be asked while the registry runs (--registry URL)",
+                    ))
+                }
                 None => Ok(Gate::Stopped),
                 Some(process) => Err(Error::invalid(format!(
                     "registry-stopped was said, but {process} {}; stop it first, or say force, too, if it has nothing to do \
@@ -62,7 +68,7 @@ impl Known {
             };
         }
         let facts = self.facts(&running);
-        if !facts.is_empty() && facts.iter().all(|facts| facts.read_only) {
+        if !facts.is_empty() && facts.iter().all(|facts| facts.read_only && !facts.remembers_for_ever) {
             return Ok(Gate::Stopped);
         }
         if facts.iter().any(|facts| facts.proxy) {

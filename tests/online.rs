@@ -224,6 +224,28 @@ fn a_registry_that_does_not_delete_or_is_a_proxy_or_is_read_only_is_no_probe() {
     assert!(!blob_of(&registry, &layer_of(&gone)).exists() && report.freed_bytes > 0);
 }
 
+/// What a registry keeps in redis it remembers after it was stopped.
+#[test]
+fn stopping_a_registry_is_not_enough_where_its_cache_outlives_it() {
+    let store = common::store::Store::new();
+    store.push("app", Some("1"), &image("stays"));
+    let garbage = store.put_blob(b"garbage");
+    let config = store.root().join("config.yml");
+    let of_cache = |cache: &str| {
+        let root = store.root().display();
+        let text = format!(
+            "storage: {{filesystem: {{rootdirectory: {root}}}, cache: {{blobdescriptor: {cache}}}}}\n"
+        );
+        fs::write(&config, text).unwrap();
+        std::thread::sleep(A_STEP);
+        regfs(["gc"]).arg(&config).args(TIMES).arg("--registry-stopped").outcome()
+    };
+    of_cache("redis").exits(1).says("redis");
+    assert!(store.blob(&garbage).exists());
+    of_cache("inmemory").exits(0);
+    assert!(!store.blob(&garbage).exists());
+}
+
 /// A registry before 3.1 writes a link in place: into the file that has just moved to the trash.
 #[test]
 fn a_link_that_is_written_late_brings_everything_back() {

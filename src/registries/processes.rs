@@ -18,6 +18,8 @@ use crate::registry_config::{self, StoreArgument};
 pub(super) struct Facts {
     /// It remembers blobs, or that is not known.
     pub(super) remembers: bool,
+    /// What it remembers is not in its own memory, so it still does after it was stopped.
+    pub(super) remembers_for_ever: bool,
     /// It refuses all writes.
     pub(super) read_only: bool,
     /// It is a pull-through cache.
@@ -29,13 +31,14 @@ pub(super) struct Facts {
 impl Facts {
     /// The worst.
     pub(super) fn unknown() -> Facts {
-        Facts { remembers: true, read_only: false, proxy: false, url: None }
+        Facts { remembers: true, remembers_for_ever: false, read_only: false, proxy: false, url: None }
     }
 
     /// What a configuration says.
     pub(super) fn of(config: &StoreArgument) -> Facts {
         Facts {
             remembers: config.descriptor_cache.is_some(),
+            remembers_for_ever: config.descriptor_cache.as_deref().is_some_and(|cache| cache != "inmemory"),
             read_only: config.read_only == Some(true),
             proxy: config.proxy != Some(false),
             url: config.url.clone(),
