@@ -12,6 +12,7 @@
 //! `watch`, then `current`). A collection holds only the lock of the store, so that everything else goes on meanwhile.
 
 pub mod fresh;
+mod guarding;
 mod journal;
 mod remove;
 mod retag;
@@ -30,8 +31,8 @@ use crate::catalog::{Catalog, Tables};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::{Gate, Said};
-use crate::gc::guard::state::{self, Unreferenced};
-use crate::gc::plan::Policy;
+use crate::gc::guard::state;
+use crate::gc::named::Named;
 use crate::gc::report::{Place, timestamp};
 use crate::gc::{self, Options, give_back};
 use crate::progress::Watched;
@@ -43,6 +44,7 @@ use crate::view::node::Node;
 use crate::view::{Settings, Snapshot, View};
 use crate::watch::Watch;
 use fresh::Listener;
+use guarding::Guarded;
 use journal::Journal;
 use remove::Open;
 
@@ -82,6 +84,9 @@ pub struct Engine {
     /// The first catalog and the links known before, until what is news is kept for the next mount.
     unkept: Mutex<Option<(Catalog, Catalog)>>,
     registries: Known,
+    /// What pushes are about to name.
+    named: Named,
+    guarded: Mutex<Option<Guarded>>,
     forgetting: Mutex<Option<Sender<(PathBuf, Digest)>>>,
     listener: Mutex<Option<Arc<dyn Listener>>>,
 }
@@ -97,6 +102,8 @@ struct Reports {
     trash: Option<String>,
     refresh: String,
     last_error: Option<String>,
+    /// So many sweeps have ended.
+    sweeps: usize,
     /// What the last sweep relied on, and how much garbage it left how far on its way out.
     sweep: Option<(Gate, Vec<state::Total>)>,
     /// When the next one begins by itself.
@@ -137,6 +144,8 @@ struct Status {
     garbage: Vec<state::Total>,
     /// When the next one begins by itself, RFC 3339; `null` where none does.
     next_sweep: Option<String>,
+    /// What `--guard` has done; `null` without.
+    guard: Option<Guarded>,
     /// `events`: the kernel tells of changes; `looks`: the storage is looked at when somebody looks here.
     freshness: &'static str,
     /// When the storage was last found changed, RFC 3339.
@@ -149,7 +158,16 @@ struct Status {
 #[derive(Default)]
 struct Run {
     is_running: AtomicBool,
+    /// No registry is told to forget anything.
+    tells_nobody: AtomicBool,
     watched: Watched,
+}
+
+impl Run {
+    /// Whether a collection goes on that tells no registry to forget anything.
+    fn tells_nobody(&self) -> bool {
+        self.is_running.load(Ordering::SeqCst) && self.tells_nobody.load(Ordering::SeqCst)
+    }
 }
 
 /// The collection is over when this goes, also by a panic.
@@ -201,6 +219,7 @@ impl Engine {
                 trash: None,
                 refresh: "write anything to look at the storage now\n".to_string(),
                 last_error: None,
+                sweeps: 0,
                 sweep: None,
                 next_sweep: None,
             }),
@@ -210,6 +229,8 @@ impl Engine {
             watch: Mutex::default(),
             unkept: Mutex::new(unkept),
             registries: Known::default(),
+            named: Named::default(),
+            guarded: Mutex::default(),
             forgetting: Mutex::default(),
             listener: Mutex::default(),
         })
@@ -283,8 +304,13 @@ impl Engine {
         if self.settings.read_only {
             return (catalog, Some(0));
         }
-        // Whoever has the lock may have looked before the push; it is our turn when they are done.
-        let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else { return (catalog, None) };
+        // Whoever has the lock may have looked before the push; it is our turn when they are done, but for what is urgent.
+        let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else {
+            if let Err(e) = self.make_new_ones_whole(&catalog) {
+                self.failed(&format!("could not give back what is in use again: {e}"));
+            }
+            return (catalog, None);
+        };
         let look = |previous: &Catalog| Ok(scan(&*self.store, &self.tables, Some(previous)));
         match give_back::give_back(&*self.store, catalog.clone(), &look) {
             Ok((catalog, restored)) => {
@@ -366,16 +392,9 @@ impl Engine {
 
     /// A line for each blob on its way out: where it stands, since when, and from when on a run takes the next step.
     fn states(&self, snapshot: &Snapshot) -> String {
-        let gate = self.registries.gate(Said::Nothing).unwrap_or_else(|_| Gate::unknown());
-        let options = Options { gate, ..self.defaults() };
-        let policy = Policy::new(&options, SystemTime::now());
-        let candidates = snapshot.candidates(&*self.store).iter();
-        let unreferenced = candidates.map(|c| Unreferenced {
-            id: c.digest,
-            bytes: c.bytes,
-            old_at: policy.eligible_at(c.last_used),
-        });
-        match state::all(&*self.store, &self.tables, unreferenced, &options, policy.now) {
+        // Who reads this must not wait for a registry: what the last sweep was told counts.
+        let gate = locked(&self.reports).sweep.as_ref().map_or(Gate::Off, |(gate, _)| gate.clone());
+        match self.view(snapshot).standings(gate) {
             Ok(standings) => state::table(&standings),
             Err(e) => format!("{e}\n"),
         }
@@ -434,6 +453,7 @@ impl Engine {
             gate_reason: sweep.as_ref().map(|(gate, _)| gate.to_string()),
             garbage: sweep.map_or_else(Vec::new, |(_, totals)| totals),
             next_sweep: next_sweep.map(timestamp),
+            guard: locked(&self.guarded).clone(),
             freshness: if self.is_watching() { "events" } else { "looks" },
             looked_at: timestamp(snapshot.catalog.scanned_at),
             look_seconds: cost.as_secs_f64(),
@@ -476,8 +496,8 @@ impl Engine {
 
     /// What a command leaves out.
     pub(crate) fn defaults(&self) -> Options {
-        let Settings { grace, drain, keep, .. } = self.settings;
-        Options { grace, drain, keep, ..Options::default() }
+        let Settings { grace, drain, keep, rate, .. } = self.settings;
+        Options { grace, drain, keep, rate, ..Options::default() }
     }
 
     fn gc_command(self: &Arc<Engine>, text: &str, author: &Author) -> Result<()> {
@@ -530,14 +550,17 @@ impl Engine {
             Err(_) if options.dry_run => Gate::unknown(),
             gate => gate?,
         };
-        let options = &Options { gate, ..options };
+        let options = &Options { gate, named: self.named.clone(), ..options };
+        self.run.tells_nobody.store(!matches!(options.gate, Gate::Probe(_)), Ordering::SeqCst);
         let result = gc::run(&*self.store, &self.tables, options, author, &self.run.watched);
         if !options.dry_run {
             self.publish_anew();
         }
         let report = result?;
         if !options.dry_run {
-            locked(&self.reports).sweep = Some((options.gate.clone(), report.states.clone()));
+            let mut reports = locked(&self.reports);
+            reports.sweeps += 1;
+            reports.sweep = Some((options.gate.clone(), report.states.clone()));
         }
         let what = report.outcome();
         let action = if options.dry_run { "dry-run" } else { "sweep" };

@@ -17,6 +17,7 @@ pub mod give_back;
 pub mod guard;
 pub mod leftovers;
 pub mod mark;
+pub mod named;
 mod orphans;
 pub mod plan;
 pub mod repair;
@@ -41,6 +42,7 @@ use crate::trash::undo::Undone;
 use crate::trash::{self, Author, Selection};
 use guard::gate::Gate;
 use guard::{DEFAULT_DRAIN, Round};
+use named::Named;
 use plan::{Plan, Policy};
 use report::{Mode, Report};
 
@@ -75,6 +77,8 @@ pub struct Options {
     pub gate: Gate,
     /// How long a request to one of them may be under way.
     pub drain: Duration,
+    /// What pushes are about to name, as far as this process knows.
+    pub named: Named,
     /// At most so many calls to the storage in a second; `None` is as many as it takes.
     pub rate: Option<u32>,
     /// In a dry run, don't read tags: what only a tag names whose manifest was deleted is counted, although a sweep
@@ -108,6 +112,7 @@ impl Default for Options {
             now: false,
             gate: Gate::unknown(),
             drain: DEFAULT_DRAIN,
+            named: Named::default(),
             rate: None,
             quick: false,
             cache: None,

@@ -282,6 +282,17 @@ pub fn classify(path: &Path) -> Kind {
     kind.unwrap_or(Kind::Other)
 }
 
+/// The repository and the manifest whose revision link is written or read when `path` is opened: registries from 3.1 on
+/// write `link.<uuid>.tmp` and rename that.
+pub fn opened_revision(path: &Path) -> Option<(PathBuf, Digest)> {
+    let name = path.file_name()?;
+    let path = if is_unfinished(name) { path.with_file_name(LINK) } else { path.to_path_buf() };
+    match classify(&path) {
+        Kind::Revision(repository, digest) => Some((repository, digest)),
+        _ => None,
+    }
+}
+
 /// Whether all of `name` may be the name of a repository, or the start of one.
 pub fn is_name(name: &Path) -> bool {
     name.components().all(|c| is_name_component(c.as_os_str()))

@@ -1,5 +1,5 @@
-//! Calls of Linux that no crate of ours wraps: events of a whole filesystem with names (fanotify), and directories by
-//! their handles.
+//! Calls of Linux that no crate of ours wraps: events of a whole filesystem with names and opens that wait for an answer
+//! (fanotify), and directories by their handles.
 //!
 //! The only module with `unsafe` code.
 #![allow(unsafe_code, reason = "see above; each block says why it is sound")]
@@ -23,7 +23,24 @@ const EVENTS: u64 = libc::FAN_CREATE
 ///
 /// Each tells the directory as a handle, and a name in it.
 pub(crate) fn filesystem_events(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let flags = libc::FAN_CLASS_NOTIF | libc::FAN_REPORT_DFID_NAME | libc::FAN_CLOEXEC | libc::FAN_NONBLOCK;
+    fanotify(libc::FAN_CLASS_NOTIF | libc::FAN_REPORT_DFID_NAME, libc::FAN_MARK_FILESYSTEM, EVENTS, directory)
+}
+
+/// Files that are opened through the mount which `directory` lies on, to be read without waiting; each open waits until
+/// it is answered, or until this descriptor is closed. For root only.
+///
+/// Each event carries a descriptor of the file ([`opened_file`]).
+pub(crate) fn mount_opens(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    fanotify(libc::FAN_CLASS_CONTENT, libc::FAN_MARK_MOUNT, libc::FAN_OPEN_PERM, directory)
+}
+
+fn fanotify(
+    class: libc::c_uint,
+    kind: libc::c_uint,
+    mask: u64,
+    directory: BorrowedFd<'_>,
+) -> io::Result<OwnedFd> {
+    let flags = class | libc::FAN_CLOEXEC | libc::FAN_NONBLOCK;
     // SAFETY: takes no pointers.
     let fd = unsafe { libc::fanotify_init(flags, (libc::O_RDONLY | libc::O_CLOEXEC) as libc::c_uint) };
     if fd < 0 {
@@ -36,13 +53,19 @@ pub(crate) fn filesystem_events(directory: BorrowedFd<'_>) -> io::Result<OwnedFd
     let marked = unsafe {
         libc::fanotify_mark(
             events.as_raw_fd(),
-            libc::FAN_MARK_ADD | libc::FAN_MARK_FILESYSTEM,
-            EVENTS,
+            libc::FAN_MARK_ADD | kind,
+            mask,
             directory.as_raw_fd(),
             here.as_ptr(),
         )
     };
     if marked < 0 { Err(io::Error::last_os_error()) } else { Ok(events) }
+}
+
+/// The file of an event of [`mount_opens`], by the number that the event says; to be called once for each.
+pub(crate) fn opened_file(number: i32) -> Option<OwnedFd> {
+    // SAFETY: the kernel opened it for whoever read the event, which nobody else has; an event without one has -1.
+    (number >= 0).then(|| unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Opens a directory by its handle (`struct file_handle`: length, type, bytes), as events carry it; `filesystem` is

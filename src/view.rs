@@ -44,6 +44,8 @@ pub struct Settings {
     pub drain: Duration,
     /// How long the trash keeps things unless told otherwise.
     pub keep: Duration,
+    /// At most so many calls to the storage in a second of a sweep, unless told otherwise.
+    pub rate: Option<u32>,
     /// When the mount began; the time of what has no other.
     pub mounted_at: SystemTime,
 }
@@ -64,6 +66,8 @@ pub struct Snapshot {
     uses: OnceLock<Uses>,
     is_judged: OnceLock<bool>,
     candidates: OnceLock<Vec<Candidate>>,
+    /// From when on a sweep takes the next step with what is unreferenced.
+    moves_on: OnceLock<HashMap<DigestId, SystemTime>>,
     missing: OnceLock<Vec<DigestId>>,
     untagged: OnceLock<Untagged>,
     sizes: OnceLock<HashMap<DigestId, u64>>,
@@ -127,6 +131,7 @@ impl Snapshot {
             uses: OnceLock::new(),
             is_judged: OnceLock::new(),
             candidates: OnceLock::new(),
+            moves_on: OnceLock::new(),
             missing: OnceLock::new(),
             untagged: OnceLock::new(),
             sizes: OnceLock::new(),

@@ -74,6 +74,7 @@ fn mounted(store: Arc<dyn Store>) -> Result<Arc<Engine>, String> {
         grace: Duration::ZERO,
         drain: Duration::ZERO,
         keep: DEFAULT_KEEP,
+        rate: None,
         mounted_at: SystemTime::UNIX_EPOCH,
     };
     Engine::new(store, settings).map(Arc::new).map_err(|e| e.to_string())

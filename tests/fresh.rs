@@ -129,6 +129,7 @@ fn without_root_the_directories_tell_what_changes() {
         grace: Duration::ZERO,
         drain: Duration::ZERO,
         keep: Duration::ZERO,
+        rate: None,
         mounted_at: std::time::SystemTime::now(),
     };
     let engine = Arc::new(Engine::new(Arc::new(store), settings).unwrap());

@@ -277,6 +277,7 @@ impl Act {
                     grace: Duration::ZERO,
                     drain: Duration::ZERO,
                     keep: DEFAULT_KEEP,
+                    rate: None,
                     mounted_at: SystemTime::UNIX_EPOCH,
                 };
                 let engine = Arc::new(Engine::new(store, settings).unwrap());

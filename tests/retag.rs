@@ -43,8 +43,11 @@ fn mounted(store: Arc<dyn Store>) -> Result<Arc<Engine>, Error> {
 fn mounted_as(store: Arc<dyn Store>, read_only: bool) -> Result<Arc<Engine>, Error> {
     let mounted_at = SystemTime::UNIX_EPOCH;
     let (grace, keep) = (Duration::ZERO, DEFAULT_KEEP);
-    Engine::new(store, Settings { read_only, uid: 0, gid: 0, grace, drain: grace, keep, mounted_at })
-        .map(Arc::new)
+    Engine::new(
+        store,
+        Settings { read_only, uid: 0, gid: 0, grace, drain: grace, keep, rate: None, mounted_at },
+    )
+    .map(Arc::new)
 }
 
 /// The node of a path in the mount.

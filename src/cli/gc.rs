@@ -15,10 +15,11 @@ use crate::catalog::Tables;
 use crate::catalog::cache::Place;
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::{Gate, Said};
+use crate::gc::named::Named;
 use crate::gc::{self, Options, Progress};
 use crate::store::disk::Disk;
 use crate::trash::Author;
-use crate::view::control::{parse_glob, parse_referrers};
+use crate::view::control::{parse_glob, parse_rate, parse_referrers};
 
 /// Collect garbage into the trash, or say what there is.
 ///
@@ -76,7 +77,7 @@ pub(super) struct GcArgs {
     #[arg(long)]
     now: bool,
     /// Ask at most so much of the storage in a second (calls: looks, moves, removals)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = parse_rate)]
     rate: Option<u32>,
     /// How many threads look at the store; if not given 32, which pays on a cold disk, or one for each processor
     #[arg(long, value_name = "N")]
@@ -108,6 +109,7 @@ impl GcArgs {
             now: self.now,
             gate: Gate::unknown(),
             drain: self.registry.drain,
+            named: Named::default(),
             rate: self.rate,
             quick: self.quick,
             cache: match &self.cache_dir {

@@ -25,7 +25,9 @@ use crate::fuse::mount::{self, MountOptions};
 use crate::store::Store;
 use crate::store::disk::Disk;
 use crate::view::Settings;
+use crate::view::control::parse_rate;
 use crate::watch::Watch;
+use crate::watch::opens::Opens;
 
 /// What the daemon says when the mount answers.
 const READY: &[u8] = b"ready\n";
@@ -52,6 +54,9 @@ pub(super) struct MountArgs {
     /// Purge what has been in the trash for longer than this, unless a sweep says otherwise
     #[arg(long, value_name = "AGE", default_value = "7d", value_parser = duration)]
     keep: Duration,
+    /// Ask at most so much of the storage in a second of a sweep (calls: looks, moves, removals), unless it says otherwise
+    #[arg(long, value_name = "N", value_parser = parse_rate)]
+    rate: Option<u32>,
     #[command(flatten)]
     registry: RegistryArgs,
     /// Sweep by itself, so long after the sweep before
@@ -60,6 +65,10 @@ pub(super) struct MountArgs {
     /// Only in this part of the day, by the local clock
     #[arg(long, value_name = "HH:MM-HH:MM", value_parser = Window::parse, requires = "sweep_every")]
     sweep_window: Option<Window>,
+    /// Hold a registry that works in that directory (a bind mount of the storage, made if it is not there yet) where it
+    /// opens a manifest, until all that this names is there; for root
+    #[arg(long, value_name = "DIRECTORY", conflicts_with = "read_only")]
+    guard: Option<PathBuf>,
     /// Where to log to; otherwise a daemon logs nowhere, and one in the foreground to stderr
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -87,11 +96,13 @@ impl MountArgs {
                 MountWord::Replace => self.replace = true,
                 MountWord::Grace(grace) => self.grace = grace,
                 MountWord::Keep(keep) => self.keep = keep,
+                MountWord::Rate(rate) => self.rate = Some(rate),
                 MountWord::Drain(drain) => self.registry.drain = drain,
                 MountWord::Registry(url) => self.registry.registry.push(url),
                 MountWord::RegistryAuth(file) => self.registry.registry_auth = Some(file),
                 MountWord::SweepEvery(every) => self.sweep_every = Some(every),
                 MountWord::SweepWindow(window) => self.sweep_window = Some(window),
+                MountWord::Guard(directory) => self.guard = Some(directory),
                 MountWord::LogFile(file) => self.log_file = Some(file),
                 MountWord::Generic => {}
             }
@@ -188,6 +199,7 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
         grace: args.grace,
         drain: args.registry.drain,
         keep: args.keep,
+        rate: args.rate,
         mounted_at: SystemTime::now(),
     };
     // For what does not go through the logger; the name is relative to a directory that we leave.
@@ -200,11 +212,15 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
         Err(e) => log::debug!("could not watch the filesystem: {e}"),
     }
     // As it was given: `mount -a` looks for the line of fstab among the mounts.
+    let guard = args.guard.as_deref().map(|directory| guard(directory, &storage_root)).transpose()?;
     let source =
         std::path::absolute(&args.store).map_err(|e| Error::io("find the storage", &args.store, e))?;
     let (allow_other, replace) = (args.allow_other, args.replace);
     let options = MountOptions { source, mountpoint, read_only, allow_other, replace };
     let mounted = mount::mount(engine.clone(), &options)?;
+    if let Some((opens, directory)) = guard {
+        engine.guard(opens, &directory)?;
+    }
     log::info!("mounted {} on {}", storage_root.display(), options.mountpoint.display());
     if args.daemon {
         detach(log_file)?;
@@ -236,6 +252,12 @@ fn watch_directories(engine: &Arc<Engine>, root: &Path) {
     if let Err(e) = watched.and_then(|watch| engine.watch_from_now(watch)) {
         log::info!("the kernel does not tell what changes ({e}); looking at the storage instead");
     }
+}
+
+/// What is opened through `directory`, by its full name. A registry that works there already waits until the mount stands.
+fn guard(directory: &Path, storage_root: &Path) -> Result<(Opens, PathBuf)> {
+    let directory = std::path::absolute(directory).map_err(|e| Error::io("find", directory, e))?;
+    Ok((Opens::through(&directory, storage_root)?, directory))
 }
 
 /// A mount inside its own storage would wait for itself.

@@ -13,6 +13,7 @@ use super::duration;
 use super::mount::interval;
 use super::registry::url;
 use crate::engine::schedule::Window;
+use crate::view::control::parse_rate;
 
 /// A word of `-o`.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -27,6 +28,8 @@ pub(super) enum MountWord {
     Grace(Duration),
     /// `keep=AGE`
     Keep(Duration),
+    /// `rate=N`
+    Rate(u32),
     /// `drain=TIME`
     Drain(Duration),
     /// `registry=URL`
@@ -37,6 +40,8 @@ pub(super) enum MountWord {
     SweepEvery(Duration),
     /// `sweep_window=HH:MM-HH:MM`
     SweepWindow(Window),
+    /// `guard=DIRECTORY`
+    Guard(PathBuf),
     /// `log_file=FILE`
     LogFile(PathBuf),
     /// Meant for mount(8), systemd or the kernel; or what every mount of ours is anyway.
@@ -90,19 +95,21 @@ pub(super) fn word(text: &str) -> Result<MountWord, String> {
         ("replace", None) => Ok(MountWord::Replace),
         ("grace", Some(age)) => duration(age).map(MountWord::Grace),
         ("keep", Some(age)) => duration(age).map(MountWord::Keep),
+        ("rate", Some(rate)) => parse_rate(rate).map(MountWord::Rate),
         ("drain", Some(time)) => duration(time).map(MountWord::Drain),
         ("registry", Some(at)) => url(at).map(MountWord::Registry),
         ("registry_auth", Some(file)) if !file.is_empty() => Ok(MountWord::RegistryAuth(file.into())),
         ("sweep_every", Some(time)) => interval(time).map(MountWord::SweepEvery),
         ("sweep_window", Some(window)) => Window::parse(window).map(MountWord::SweepWindow),
+        ("guard", Some(directory)) if !directory.is_empty() => Ok(MountWord::Guard(directory.into())),
         ("log_file", Some(file)) if !file.is_empty() => Ok(MountWord::LogFile(file.into())),
         ("remount", None) => Err("a regfs can't be remounted; mount it anew with -o replace".to_string()),
         ("user" | "comment" | "fsname" | "subtype", Some(_)) | ("", None) => Ok(MountWord::Generic),
         (key, _) if key.starts_with("x-") || key.starts_with("X-") => Ok(MountWord::Generic),
         (key, None) if GENERIC.contains(&key) => Ok(MountWord::Generic),
         _ => Err(
-            "there are ro, rw, allow_other, replace, grace=AGE, drain=TIME, keep=AGE, registry=URL, \
-             registry_auth=FILE, sweep_every=TIME, sweep_window=HH:MM-HH:MM, log_file=FILE, and what mount(8) takes for any \
+            "there are ro, rw, allow_other, replace, grace=AGE, drain=TIME, keep=AGE, rate=N, registry=URL, \
+             registry_auth=FILE, sweep_every=TIME, sweep_window=HH:MM-HH:MM, guard=DIRECTORY, log_file=FILE, and what mount(8) takes for any \
              filesystem"
                 .to_string(),
         ),

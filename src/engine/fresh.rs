@@ -30,7 +30,7 @@ const WHOLE_LOOK: Duration = Duration::from_secs(600);
 /// How long more events are waited for after one: a push makes dozens within a moment.
 const SETTLES: Duration = Duration::from_millis(10);
 /// How often a thread asks whether it is still needed.
-const STILL_NEEDED: Duration = Duration::from_millis(500);
+pub(super) const STILL_NEEDED: Duration = Duration::from_millis(500);
 
 /// Who remembers parts of the tree, and must hear what is not so any more.
 pub trait Listener: Send + Sync {
@@ -43,11 +43,11 @@ pub trait Listener: Send + Sync {
 }
 
 impl Engine {
-    /// Lets the kernel tell what changes, and takes in what it has told since `watch` was made: before the first look at
-    /// the storage, or what changed in between would be missed.
+    /// Lets the kernel tell what changes; `watch` was made before the first look at the storage, or what changed in
+    /// between would be missed. What it has told since, and what in the trash is in use again, is dealt with behind the
+    /// caller: with a large trash that takes a while.
     pub fn watch(self: &Arc<Engine>, watch: Watch) -> Result<()> {
         let events = self.begin_watch(watch)?;
-        self.refresh(&mut locked(&self.changing));
         self.follow(events)
     }
 
@@ -168,6 +168,9 @@ impl Engine {
 /// Follows the events of the kernel as long as there is an engine.
 fn watching(engine: &Weak<Engine>, events: &OwnedFd) {
     let timeout = Timespec { tv_sec: 0, tv_nsec: STILL_NEEDED.subsec_nanos().into() };
+    if let Some(engine) = engine.upgrade() {
+        engine.refresh(&mut locked(&engine.changing));
+    }
     loop {
         let mut fds = [PollFd::new(events, PollFlags::IN)];
         let ready = poll(&mut fds, Some(&timeout));

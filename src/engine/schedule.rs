@@ -16,6 +16,7 @@ use super::{Engine, locked};
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::gc::guard::gate::Registries;
+use crate::gc::guard::state::State;
 use crate::trash::Author;
 use crate::view::node::Node;
 
@@ -73,6 +74,7 @@ pub fn run(engine: &Weak<Engine>, schedule: Option<Schedule>) {
     let began = Instant::now();
     let mut due = schedule.map(|schedule| began + schedule.every.min(FIRST));
     let mut is_ours = false;
+    let mut sweeps = 0;
     loop {
         let Some(engine) = engine.upgrade() else { return };
         engine.look_by_itself();
@@ -84,6 +86,12 @@ pub fn run(engine: &Weak<Engine>, schedule: Option<Schedule>) {
             }
             is_ours &= is_running;
             let now = Instant::now();
+            let ended = locked(&engine.reports).sweeps;
+            if ended != sweeps {
+                // What is fenced goes on when its drain is over; the rest has time.
+                sweeps = ended;
+                due = due.min(engine.fenced_until().map(|wait| now + wait)).or(due);
+            }
             if is_open && !is_running && due.is_some_and(|due| due <= now) {
                 due = Some(now + every);
                 is_ours = true;
@@ -101,6 +109,15 @@ pub fn run(engine: &Weak<Engine>, schedule: Option<Schedule>) {
 }
 
 impl Engine {
+    /// How long what the last sweep fenced has to wait; `None` where there is no such.
+    fn fenced_until(&self) -> Option<Duration> {
+        let reports = locked(&self.reports);
+        let (_, totals) = reports.sweep.as_ref()?;
+        let fenced = totals.iter().find(|total| total.state == State::Fenced)?;
+        // What was due already could not go on, and will not sooner because it is hurried.
+        fenced.next?.duration_since(SystemTime::now()).ok()
+    }
+
     /// Looks at the storage where nobody tells of changes and something lies in the trash that may be in use again.
     fn look_by_itself(&self) {
         let (age, cost) = {

@@ -82,6 +82,8 @@ pub(super) struct Course {
     fence: Vec<(DigestId, u64, Vec<usize>)>,
     /// The sweeps whose bytes are to move.
     due: Vec<Contents>,
+    /// The layer links that the trash holds, of whichever transaction: a registry may be told to forget these.
+    held: HashSet<(PathBuf, Digest)>,
 }
 
 impl Round<'_> {
@@ -110,6 +112,7 @@ impl Round<'_> {
             direct: 0,
             fence: Vec::new(),
             due: Vec::new(),
+            held: transactions.iter().flat_map(|t| &t.files).filter_map(|path| claim(path)).collect(),
         };
         let old_items = plan.items;
         let mut fenced: HashMap<DigestId, usize> = HashMap::new();
@@ -266,7 +269,13 @@ impl Round<'_> {
             }
             match self.quarantine(transaction, course, progress, &mut taken) {
                 Ok(more) => refused.extend(more),
-                Err(e) => taken.failures.push(e),
+                Err(e) => {
+                    let is_over = is_of_registry(&e);
+                    taken.failures.push(e);
+                    if is_over {
+                        return Ok(taken);
+                    }
+                }
             }
         }
         let direct = Plan { items: course.plan.items[..course.direct].to_vec(), ..course.plan.clone() };
@@ -292,8 +301,14 @@ impl Round<'_> {
         for item in moved.items.iter().filter_map(|at| direct.items.get(*at)) {
             let (What::Revision(name, id) | What::LayerLink(name, id)) = item.what else { continue };
             let repository = self.catalog.name(name);
-            let forgotten = probe.0.forget(Path::new(&*repository), &self.catalog.digest(id));
-            taken.failures.extend(forgotten.err());
+            if let Err(e) = probe.0.forget(Path::new(&*repository), &self.catalog.digest(id)) {
+                // What it was not told of, it is told of after the drain.
+                let is_over = is_of_registry(&e);
+                taken.failures.push(e);
+                if is_over {
+                    return;
+                }
+            }
         }
     }
 
@@ -326,16 +341,18 @@ impl Round<'_> {
                 left.insert(refused.digest);
             }
         }
+        let mut is_over = false;
         for (id, _, links) in &course.fence {
-            if progress.is_stopped() {
+            if is_over || progress.is_stopped() {
                 left.insert(digest(*id));
                 continue;
             }
-            match self.fence_one(&transaction, course, links, links_until) {
+            match self.fence_one(&transaction, course, *id, links, links_until) {
                 Ok(true) => taken.items.extend(links),
                 Ok(false) => drop(left.insert(digest(*id))),
                 Err(e) => {
                     // What it is about is still in the store; links of it that moved come back when it is used.
+                    is_over = is_of_registry(&e);
                     taken.failures.push(e);
                     left.insert(digest(*id));
                 }
@@ -353,15 +370,18 @@ impl Round<'_> {
         Ok(())
     }
 
-    /// Moves the links to one blob; `false`: one of them is fresh, and all are where they were.
+    /// Moves the links to one blob; `false`: one of them is fresh, or a push is about to name the blob, and all are where
+    /// they were.
     fn fence_one(
         &self,
         transaction: &Transaction,
         course: &Course,
+        blob: DigestId,
         links: &[usize],
         links_until: SystemTime,
     ) -> Result<bool> {
         let mut moved = Vec::new();
+        let mut is_used = false;
         for item in links.iter().filter_map(|at| course.plan.items.get(*at)) {
             let What::LayerLink(name, id) = item.what else { continue };
             let path = item.path(&self.catalog.tables);
@@ -370,16 +390,20 @@ impl Round<'_> {
             }
             let stat = self.store.stat(&transaction.path_of(&path));
             moved.push((path, name, id));
-            if !stat.is_ok_and(|stat| stat.is_some_and(|stat| stat.modified <= links_until)) {
-                for (path, ..) in &moved {
-                    match transaction.put_back(self.store, path) {
-                        // A push wrote it anew: no harm, it says the same.
-                        Ok(_) | Err(Error::Exists { .. }) => {}
-                        Err(e) => return Err(e),
-                    }
-                }
-                return Ok(false);
+            is_used = !stat.is_ok_and(|stat| stat.is_some_and(|stat| stat.modified <= links_until));
+            if is_used {
+                break;
             }
+        }
+        if is_used || self.options.named.contains(&self.catalog.digest(blob)) {
+            for (path, ..) in &moved {
+                match transaction.put_back(self.store, path) {
+                    // A push wrote it anew: no harm, it says the same.
+                    Ok(_) | Err(Error::Exists { .. }) => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            return Ok(false);
         }
         if let Gate::Probe(probe) = &self.options.gate {
             for (_, name, id) in moved {
@@ -399,14 +423,7 @@ impl Round<'_> {
         taken: &mut Taken,
     ) -> Result<Vec<Refused>> {
         let Some(Ok(stage)) = &transaction.stage else { return Ok(Vec::new()) };
-        let mut links: HashMap<Digest, Vec<PathBuf>> = HashMap::new();
-        for path in &transaction.files {
-            if let Kind::LayerLink(_, digest) = layout::classify(path)
-                && let Some(target) = target_of(self.store, transaction, path, digest)?
-            {
-                links.entry(target).or_default().push(path.clone());
-            }
-        }
+        let mut links = links_in(self.store, transaction)?;
         let places: HashMap<DigestId, usize> = course
             .plan
             .items
@@ -423,9 +440,8 @@ impl Round<'_> {
             let own = links.remove(digest).unwrap_or_default();
             let mut repositories: HashSet<(PathBuf, Digest)> =
                 own.iter().filter_map(|path| claim(path)).collect();
-            let fenced = repositories.clone();
             repositories.extend(known.get(digest).into_iter().flatten().cloned());
-            if self.is_remembered(&repositories, &fenced)? {
+            if self.is_remembered(&repositories, &course.held)? || self.options.named.contains(digest) {
                 refused.push(Refused { from: transaction.id.clone(), digest: *digest, links: own });
                 continue;
             }
@@ -523,7 +539,7 @@ impl Round<'_> {
             Err(e) => return Err(e),
         }
         // Whatever can't be told brings the bytes back.
-        let linked = is_linked();
+        let linked = is_linked().map(|is_linked| is_linked || self.options.named.contains(digest));
         if linked.as_ref().is_ok_and(|linked| !linked) {
             return Ok(true);
         }
@@ -552,6 +568,19 @@ impl Refused {
     }
 }
 
+/// The layer links in a transaction, by the blobs that they lead to.
+fn links_in(store: &dyn Store, transaction: &Contents) -> Result<HashMap<Digest, Vec<PathBuf>>> {
+    let mut links: HashMap<Digest, Vec<PathBuf>> = HashMap::new();
+    for path in &transaction.files {
+        if let Kind::LayerLink(_, digest) = layout::classify(path)
+            && let Some(target) = target_of(store, transaction, path, digest)?
+        {
+            links.entry(target).or_default().push(path.clone());
+        }
+    }
+    Ok(links)
+}
+
 /// The repository that has a link, and by which digest.
 fn claim(path: &Path) -> Option<(PathBuf, Digest)> {
     match layout::classify(path) {
@@ -568,6 +597,11 @@ fn is_to_be_forgotten(transaction: &Contents, path: &Path) -> bool {
         Kind::LayerLink(..) => !transaction.is_swept(),
         _ => false,
     }
+}
+
+/// Whether a registry failed to answer: the next question would only take as long.
+fn is_of_registry(error: &Error) -> bool {
+    matches!(error, Error::Busy { .. })
 }
 
 /// The blobs among items.

@@ -96,8 +96,8 @@ fn process(pid: u32, own: (u64, u64)) -> Option<Process> {
     let words = split(&fs::read(place.join("cmdline")).ok()?);
     let name = Path::new(words.first()?).file_name()?;
     let serve = words.iter().position(|word| word == "serve")?;
-    // `registry serve /etc/…`, `docker-registry serve …`; not a wrapper that starts one.
-    if !name.to_string_lossy().ends_with("registry") {
+    // `registry serve /etc/…`, `docker-registry serve …`, `registry_DO_NOT_USE_GC serve …`; not a wrapper that starts one.
+    if !name.to_string_lossy().contains("registry") {
         return None;
     }
     let command = words.join(OsStr::new(" ")).to_string_lossy().into_owned();

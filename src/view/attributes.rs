@@ -8,8 +8,6 @@ use super::node::{Node, Type};
 use crate::catalog::intern::{DigestId, NameId};
 use crate::edit;
 use crate::error::Result;
-use crate::gc::Options;
-use crate::gc::plan::Policy;
 use crate::layout;
 
 /// What `stat` says, apart from the inode number.
@@ -21,7 +19,8 @@ pub struct Attributes {
     pub size: u64,
     /// Blocks of 512 bytes that it takes on the disk: what is made up takes none.
     pub blocks: u64,
-    /// When it was written; of a tag and of a manifest, when it was last pushed; of garbage, from when on a sweep may take it.
+    /// When it was written; of a tag and of a manifest, when it was last pushed; of garbage, from when on a sweep takes
+    /// the next step with it.
     pub modified: SystemTime,
     /// Permissions.
     pub mode: u16,
@@ -94,10 +93,7 @@ impl View<'_> {
                 ..plain
             }));
         };
-        let options = Options { grace: self.settings.grace, ..Options::default() };
-        let policy = Policy::new(&options, SystemTime::now());
-        let eligible = self.snapshot.candidate(self.store, id).map(|c| policy.eligible_at(c.last_used));
-        let modified = eligible.unwrap_or(stat.modified);
+        let modified = self.moves_on(id).unwrap_or(stat.modified);
         Ok(Some(Attributes { size: stat.size, blocks: stat.blocks, modified, links, ..plain }))
     }
 

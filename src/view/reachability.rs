@@ -2,11 +2,17 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
+use std::time::SystemTime;
 
 use super::node::Node;
 use super::tree::{Entries, WHY, entry, file_name, flat};
-use super::{Snapshot, View};
+use super::{Settings, Snapshot, View};
 use crate::catalog::intern::DigestId;
+use crate::error::Result;
+use crate::gc::Options;
+use crate::gc::guard::gate::Gate;
+use crate::gc::guard::state::{self, Standing, Unreferenced};
+use crate::gc::plan::Policy;
 
 impl View<'_> {
     pub(super) fn reachability(&self, node: Node) -> Option<Entries> {
@@ -113,6 +119,36 @@ impl View<'_> {
             }
         }
         entries
+    }
+}
+
+impl View<'_> {
+    /// Where each unreferenced blob stands, beside registries that are dealt with by `gate`.
+    pub fn standings(&self, gate: Gate) -> Result<Vec<Standing>> {
+        let Settings { grace, drain, keep, .. } = *self.settings;
+        let options = Options { grace, drain, keep, gate, ..Options::default() };
+        let policy = Policy::new(&options, SystemTime::now());
+        let candidates = self.snapshot.candidates(self.store).iter();
+        let unreferenced = candidates.map(|c| Unreferenced {
+            id: c.digest,
+            bytes: c.bytes,
+            old_at: policy.eligible_at(c.last_used),
+        });
+        state::all(self.store, &self.snapshot.catalog.tables, unreferenced, &options, policy.now)
+    }
+
+    /// From when on a sweep takes the next step with an unreferenced blob; `None` for others.
+    pub(super) fn moves_on(&self, id: DigestId) -> Option<SystemTime> {
+        self.snapshot.candidate(self.store, id)?;
+        let all = self.snapshot.moves_on.get_or_init(|| {
+            let standings = self.standings(Gate::Off).unwrap_or_else(|e| {
+                log::warn!("could not look at how far garbage is: {e}");
+                Vec::new()
+            });
+            let digests = &self.snapshot.catalog.tables.digests;
+            standings.iter().filter_map(|s| Some((digests.find(&s.digest)?, s.next?))).collect()
+        });
+        all.get(&id).copied()
     }
 }
 

@@ -144,6 +144,11 @@ impl Mount {
         wait_for("the daemon to end", Duration::from_secs(30), || {
             daemons(&self.point).is_empty().then_some(())
         });
+        // Its first thread may be gone while another one still answers.
+        wait_for("the mount to be dead", Duration::from_secs(30), || {
+            let errno = fs::read_dir(&self.point).err().and_then(|e| e.raw_os_error());
+            [libc::ENOTCONN, libc::ECONNABORTED].contains(&errno?).then_some(())
+        });
     }
 
     /// Unmounts with `regfs umount`, which must work and end the daemon.

@@ -75,13 +75,16 @@ impl Registry {
         panic!("docker-registry did not start: {}", fs::read_to_string(self.log()).unwrap());
     }
 
+    /// Starts one on a storage that is there.
+    pub(crate) fn start_at(storage: PathBuf, cache: bool) -> Registry {
+        let mut registry = Registry { process: None, port: 0, cache, storage: Some(storage), dir: scratch() };
+        registry.restart();
+        registry
+    }
+
     /// Another process on the same storage.
     pub(crate) fn another(&self) -> Registry {
-        let dir = scratch();
-        let mut other =
-            Registry { process: None, port: 0, cache: self.cache, storage: Some(self.store()), dir };
-        other.restart();
-        other
+        Registry::start_at(self.store(), self.cache)
     }
 
     /// Its config.yml.

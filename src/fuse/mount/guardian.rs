@@ -45,14 +45,14 @@ pub fn run(daemon: u32, device: &str, mountpoint: &Path) -> Result<()> {
     // A key that is pressed at the terminal is not for us.
     rustix::process::setsid().map_err(|e| failed(e.into()))?;
     rustix::process::set_parent_process_death_signal(Some(Signal::TERM)).map_err(|e| failed(e.into()))?;
-    if state_of(daemon).is_none_or(|state| state == 'Z') {
+    if !is_running(daemon) {
         return Ok(());
     }
     signals.forever().next();
     let mut dead_since = None;
-    while let Some(state) = state_of(daemon) {
+    while has_threads(daemon) {
         // Told to end together with a daemon that still unmounts.
-        if state == 'Z' && dead_since.get_or_insert_with(Instant::now).elapsed() > ENDS {
+        if !is_running(daemon) && dead_since.get_or_insert_with(Instant::now).elapsed() > ENDS {
             return cut(device, mountpoint);
         }
         std::thread::sleep(TICK);
@@ -60,10 +60,16 @@ pub fn run(daemon: u32, device: &str, mountpoint: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a process does; `None` when there is none.
-fn state_of(pid: u32) -> Option<char> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
+/// Whether a process has not been ended: what is left of one that was is a zombie.
+fn is_running(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+/// Whether a process has a thread that has not ended; of one whose parent asks for nothing a zombie stays.
+fn has_threads(pid: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    threads > 1 || is_running(pid)
 }
 
 fn cut(device: &str, mountpoint: &Path) -> Result<()> {

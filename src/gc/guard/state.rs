@@ -1,7 +1,8 @@
 //! Where garbage stands on its way out, and when it moves on: for reports, `control/status` and
 //! `reachability/unreachable/state`.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
+use std::path::Path;
 use std::time::SystemTime;
 
 use bytesize::ByteSize;
@@ -39,7 +40,7 @@ impl State {
     pub fn word(self) -> &'static str {
         match self {
             State::Candidate => "candidate",
-            State::WaitingForRegistry => "waiting-for-the-registry",
+            State::WaitingForRegistry => "waiting-for-registry",
             State::Fenced => "fenced",
             State::Quarantined => "quarantined",
         }
@@ -51,7 +52,7 @@ impl State {
 pub struct Standing {
     /// Which.
     pub digest: Digest,
-    /// Bytes; `None` where nobody looked.
+    /// Bytes; `None` where they are not where they should be.
     pub bytes: Option<u64>,
     /// Where it stands.
     pub state: State,
@@ -84,7 +85,7 @@ pub fn all(
     now: SystemTime,
 ) -> Result<Vec<Standing>> {
     let mut found = Vec::new();
-    let mut staged: HashMap<Digest, usize> = HashMap::new();
+    let mut staged: HashSet<Digest> = HashSet::new();
     for transaction in trash::contents(store)?.into_iter().filter(|t| t.is_swept()) {
         let stage = transaction.stage.as_ref().and_then(|stage| stage.as_ref().ok());
         let began =
@@ -100,31 +101,29 @@ pub fn all(
             None => (State::Quarantined, began, options.keep),
         };
         let next = since.and_then(|since| since.checked_add(wait));
-        let standing = |digest: Digest, state: State| Standing {
-            digest,
-            bytes: None,
-            state,
-            since,
-            next,
-            transaction: Some(transaction.id.clone()),
+        let standing = |digest: Digest, state: State, place: &Path| -> Result<Standing> {
+            let bytes = match store.stat(place) {
+                Err(e) if e.is_damage() => None,
+                stat => stat?.map(|stat| stat.size),
+            };
+            Ok(Standing { digest, bytes, state, since, next, transaction: Some(transaction.id.clone()) })
         };
         for path in &transaction.files {
             if let Kind::Blob(digest) = layout::classify(path) {
-                found.push(standing(digest, State::Quarantined));
+                found.push(standing(digest, State::Quarantined, &transaction.path_of(path))?);
             }
         }
         if step != Step::Quarantined {
             for digest in transaction.staged().iter().filter(|d| !transaction.holds(&layout::blob_data(d))) {
-                staged.insert(*digest, found.len());
-                found.push(standing(*digest, state));
+                staged.insert(*digest);
+                found.push(standing(*digest, state, &layout::blob_data(digest))?);
             }
         }
     }
     let ledger = Ledger::read(store, tables)?;
     for Unreferenced { id, bytes, old_at } in unreferenced {
         let digest = tables.digests.get(id);
-        if let Some(standing) = staged.get(&digest).and_then(|at| found.get_mut(*at)) {
-            standing.bytes = Some(bytes);
+        if staged.contains(&digest) {
             continue;
         }
         let since = ledger.since(id).map(|since| since.wall());
@@ -150,7 +149,7 @@ pub struct Total {
     pub state: State,
     /// Blobs.
     pub blobs: usize,
-    /// Their bytes, as far as they are still in the store.
+    /// Their bytes.
     pub bytes: u64,
     /// When the first of them moves on, RFC 3339; `null` where that does not depend on the time.
     #[serde(serialize_with = "rfc3339")]
@@ -195,12 +194,12 @@ impl Total {
                 _ => format!("waiting for the registry: {what}{bytes}"),
             },
             State::Fenced => format!("fenced: {what}{bytes}, quarantined by a run after {next}"),
-            State::Quarantined => format!("quarantined: {what}, purged by a run after {next}"),
+            State::Quarantined => format!("quarantined: {what}{bytes}, purged by a run after {next}"),
         }
     }
 }
 
-/// A line for each, with a line of titles: digest, bytes (`-`: nobody looked), state, since when, when it moves on (`-`:
+/// A line for each, with a line of titles: digest, bytes (`-`: not there), state, since when, when it moves on (`-`:
 /// not a matter of time), transaction.
 pub fn table(standings: &[Standing]) -> String {
     let mut text = String::from("digest\tbytes\tstate\tsince\tnext\ttransaction\n");

@@ -1,0 +1,122 @@
+//! The guard: a registry that works in a bind mount of its storage is held where it opens the link of a manifest, until
+//! everything that the manifest names is there.
+//!
+//! At that moment the registry has accepted the manifest and nobody can pull it yet. Without a guard, what a sweep has taken
+//! in the same moment comes back milliseconds later.
+//!
+//! # Rules kept here
+//! 1. Nothing is waited for while a registry is held: not the lock of the store, whose holder may be asking that very
+//!    registry, nor the network.
+//! 2. Whatever fails, the registry goes on.
+
+use std::path::Path;
+use std::sync::{Arc, Weak};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::fresh::STILL_NEEDED;
+use super::{Engine, locked};
+use crate::catalog::Catalog;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::gc::named::{self, Needs};
+use crate::layout;
+use crate::trash::Author;
+use crate::watch::opens::{Open, Opens};
+
+/// What the guard has done, for `control/status`.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub(super) struct Guarded {
+    /// Where a registry works, guarded.
+    pub(super) directory: String,
+    /// Files that were opened there.
+    opens: u64,
+    /// Those that were links of manifests.
+    manifests: u64,
+    /// Files that came back from the trash before the open went on.
+    restored: usize,
+}
+
+impl Engine {
+    /// Holds what is opened through `opens` until it is whole; `directory` is where that is.
+    pub fn guard(self: &Arc<Engine>, opens: Opens, directory: &Path) -> Result<()> {
+        let guarded = Guarded { directory: directory.display().to_string(), ..Guarded::default() };
+        *locked(&self.guarded) = Some(guarded);
+        let engine = Arc::downgrade(self);
+        let spawned =
+            std::thread::Builder::new().name("guard".into()).spawn(move || guarding(&engine, &opens));
+        spawned.map(drop).map_err(|e| Error::io("guard", directory, e))
+    }
+
+    fn let_through(&self, open: Open<'_>) {
+        let revision = open.path().and_then(|path| layout::opened_revision(&path));
+        let is_manifest = revision.is_some();
+        let mut restored = 0;
+        if let Some((repository, digest)) = revision {
+            match self.make_whole(&repository, &digest, open.pid) {
+                Ok(count) => restored = count,
+                Err(e) => self.failed(&format!(
+                    "could not make {}@{digest} whole before it is served: {e}",
+                    repository.display()
+                )),
+            }
+        }
+        if let Some(guarded) = locked(&self.guarded).as_mut() {
+            guarded.opens += 1;
+            guarded.manifests += u64::from(is_manifest);
+            guarded.restored += restored;
+        }
+    }
+
+    /// Gives back what manifests need that came since the last snapshot, while somebody else has the lock of the store.
+    pub(super) fn make_new_ones_whole(&self, catalog: &Catalog) -> Result<usize> {
+        let before = self.current();
+        let mut restored = 0;
+        for (name, repository) in &catalog.repositories {
+            let old = before.catalog.repository(name);
+            for revision in &repository.revisions {
+                if old.and_then(|old| old.revision(revision.digest)) != Some(revision) {
+                    restored +=
+                        self.make_whole(name, &catalog.digest(revision.digest), std::process::id())?;
+                }
+            }
+        }
+        Ok(restored)
+    }
+
+    fn make_whole(&self, repository: &Path, digest: &Digest, pid: u32) -> Result<usize> {
+        let needs = Needs::of(&*self.store, repository, digest)?;
+        self.named.add(needs.digests.iter().copied());
+        let restored = named::fetch(&*self.store, &needs.paths, &|| self.may_fetch_links())?;
+        let author = Author { pid, ..Author::current("regfs mount") };
+        for path in &restored {
+            self.note(&author, "give back", &path.display().to_string(), "a manifest names it");
+        }
+        Ok(restored.len())
+    }
+
+    /// Whether links that a sweep has moved may come back although it still goes on: it tells no registry to forget them.
+    fn may_fetch_links(&self) -> bool {
+        // With the lock, nobody sweeps.
+        self.run.tells_nobody() || self.store.lock("regfs mount", std::time::Duration::ZERO).is_ok()
+    }
+}
+
+/// Answers opens as long as there is an engine.
+fn guarding(engine: &Weak<Engine>, opens: &Opens) {
+    let timeout = Timespec { tv_sec: 0, tv_nsec: STILL_NEEDED.subsec_nanos().into() };
+    loop {
+        let events = opens.events();
+        let ready = poll(&mut [PollFd::new(&events, PollFlags::IN)], Some(&timeout));
+        let Some(engine) = engine.upgrade() else { return };
+        match ready {
+            Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+            Ok(_) => {}
+            Err(e) => return engine.failed(&format!("the guard ends: {e}")),
+        }
+        match opens.waiting() {
+            Ok(waiting) => waiting.into_iter().for_each(|open| engine.let_through(open)),
+            Err(e) => return engine.failed(&format!("the guard ends: {e}")),
+        }
+    }
+}
