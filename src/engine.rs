@@ -18,9 +18,8 @@ mod remove;
 mod retag;
 pub mod schedule;
 
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -28,7 +27,6 @@ use crate::catalog::cache::{self, News, Place as CachePlace};
 use crate::catalog::intern::DigestId;
 use crate::catalog::scan::scan;
 use crate::catalog::{Catalog, Tables};
-use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::{Gate, Said};
 use crate::gc::guard::state;
@@ -47,6 +45,7 @@ use fresh::Listener;
 use guarding::Guarded;
 use journal::Journal;
 use remove::Open;
+use schedule::Forget;
 
 /// The priority of a run that nobody waits for (nice(2)).
 const LEAST_PRIORITY: i32 = 19;
@@ -87,7 +86,9 @@ pub struct Engine {
     /// What pushes are about to name.
     named: Named,
     guarded: Mutex<Option<Guarded>>,
-    forgetting: Mutex<Option<Sender<(PathBuf, Digest)>>>,
+    /// What registries are to forget, and who tells them, before that has begun.
+    forgetting: Sender<Forget>,
+    forgotten: Mutex<Option<Receiver<Forget>>>,
     listener: Mutex<Option<Arc<dyn Listener>>>,
 }
 
@@ -199,6 +200,7 @@ impl Engine {
             ids => ids?,
         };
         let snapshot = Snapshot::new(catalog, ids);
+        let (forgetting, forgotten) = channel();
         let cost = began.elapsed();
         log::info!(
             "looked at {} repositories, {} manifests, {} blobs in {cost:?}",
@@ -231,7 +233,8 @@ impl Engine {
             registries: Known::default(),
             named: Named::default(),
             guarded: Mutex::default(),
-            forgetting: Mutex::default(),
+            forgetting,
+            forgotten: Mutex::new(Some(forgotten)),
             listener: Mutex::default(),
         })
     }
@@ -397,16 +400,6 @@ impl Engine {
         match self.view(snapshot).standings(gate) {
             Ok(standings) => state::table(&standings),
             Err(e) => format!("{e}\n"),
-        }
-    }
-
-    /// Tells registries that remember them that manifests of a repository are gone; behind whoever removed them.
-    fn forget_manifests(self: &Arc<Engine>, repository: &Path, manifests: impl Iterator<Item = Digest>) {
-        let mut forgetting = locked(&self.forgetting);
-        let sender = forgetting.get_or_insert_with(|| schedule::forgetter(self));
-        for digest in manifests {
-            // A thread that could not be started has said so.
-            let _ = sender.send((repository.to_path_buf(), digest));
         }
     }
 

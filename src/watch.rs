@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use crate::digest::Digest;
-use crate::layout;
+use crate::layout::{self, Kind};
 use crate::sys;
 use tree::Tree;
 
@@ -35,6 +35,8 @@ pub struct Changes {
     pub repositories: BTreeSet<PathBuf>,
     /// Directories below `repositories` that came or went, with all below them.
     pub namespaces: BTreeSet<PathBuf>,
+    /// Layer links that came, changed or went: repositories and digests.
+    pub links: BTreeSet<(PathBuf, Digest)>,
     /// Blobs that came or went.
     pub blobs: BTreeSet<Digest>,
     /// Something in the trash.
@@ -51,6 +53,9 @@ impl Changes {
     pub fn note(&mut self, path: &Path, is_moved: bool) {
         if let Ok(below) = path.strip_prefix(layout::REPOSITORIES) {
             self.note_repository(below);
+            if let Kind::LayerLink(repository, digest) = layout::classify(path) {
+                self.links.insert((repository, digest));
+            }
         } else if let Ok(below) = path.strip_prefix(layout::BLOBS) {
             self.note_blob(below, is_moved);
         } else {

@@ -233,6 +233,8 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
         args.sweep_every.filter(|_| !read_only).map(|every| Schedule { every, window: args.sweep_window });
     let weak = Arc::downgrade(&engine);
     in_background("schedule", move || schedule::run(&weak, schedule));
+    let weak = Arc::downgrade(&engine);
+    in_background("forget", move || schedule::forget(&weak));
     let keeping = engine.clone();
     in_background("cache", move || keeping.keep_parsed());
     mounted.serve(&engine)?;

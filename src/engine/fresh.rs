@@ -147,6 +147,7 @@ impl Engine {
         let blobs: Vec<_> =
             changes.blobs.iter().filter_map(|digest| catalog.tables.digests.find(digest)).collect();
         self.heal_and_publish(catalog, ids, is_same, &blobs);
+        self.forget_dangling(changes);
     }
 
     /// Looks at everything that may have changed.

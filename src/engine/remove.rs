@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
+use super::schedule::Forget;
 use super::{Engine, LOCK_WAIT, locked};
 use crate::catalog::intern::NameId;
 use crate::catalog::update::rescan;
@@ -62,8 +63,9 @@ impl Engine {
                     let removal = removal(catalog, found, &target)?;
                     let transaction = self.transaction(changing, author, &path)?;
                     let after = edit::take(&*self.store, catalog, found, &removal, &transaction)?;
-                    let manifests = removal.revisions.iter().map(|id| catalog.digest(*id));
-                    self.forget_manifests(&repository, manifests);
+                    for id in &removal.revisions {
+                        self.forget(Forget::Manifest(repository.clone(), catalog.digest(*id)));
+                    }
                     Ok(after)
                 }
             })

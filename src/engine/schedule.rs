@@ -1,24 +1,27 @@
 //! What a mount does by itself: sweeps now and then, looks where nobody tells of changes, and tells registries what was
 //! removed.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Weak};
+use std::sync::Weak;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant, SystemTime};
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use jiff::ZonedDateTime;
 use jiff::civil::Time;
 
 use super::fresh::{COST_FACTOR, FRESH};
-use super::{Engine, locked};
-use crate::digest::Digest;
+use super::{Engine, LOCK_WAIT, locked};
+use crate::digest::{Algorithm, Digest};
 use crate::error::Error;
+use crate::gc::dangling;
 use crate::gc::guard::gate::Registries;
 use crate::gc::guard::state::State;
+use crate::layout;
 use crate::trash::Author;
 use crate::view::node::Node;
+use crate::watch::Changes;
 
 /// How often it is asked whether something is due.
 const TICK: Duration = Duration::from_millis(500);
@@ -109,6 +112,45 @@ pub fn run(engine: &Weak<Engine>, schedule: Option<Schedule>) {
 }
 
 impl Engine {
+    /// Makes registries forget links that came without bytes: whoever is told "exists" would push an image without them.
+    pub(super) fn forget_dangling(&self, changes: &Changes) {
+        if self.settings.read_only {
+            return;
+        }
+        for (repository, digest) in &changes.links {
+            // Where that can't be told, a sweep finds out.
+            let is_missing = |path: &Path| matches!(self.store.stat(path), Ok(None));
+            if digest.algorithm() == Algorithm::Sha256
+                && is_missing(&layout::blob_data(digest))
+                && !is_missing(&layout::layer_link(repository, digest))
+            {
+                self.forget(Forget::Dangling(repository.clone(), *digest));
+            }
+        }
+    }
+
+    /// Tells registries behind the caller what they are to forget.
+    pub(super) fn forget(&self, what: Forget) {
+        // Without a mount nobody is there to do it.
+        let _ = self.forgetting.send(what);
+    }
+
+    fn forget_link(
+        &self,
+        registries: &dyn Registries,
+        repository: &Path,
+        digest: &Digest,
+    ) -> Result<(), Error> {
+        let author = Author::current("regfs mount");
+        let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
+        if dangling::forget(&*self.store, registries, &author, repository, digest)? {
+            let what = layout::layer_link(repository, digest);
+            let why = "a registry remembered it, and its bytes are nowhere";
+            self.note(&author, "forget", &what.display().to_string(), why);
+        }
+        Ok(())
+    }
+
     /// How long what the last sweep fenced has to wait; `None` where there is no such.
     fn fenced_until(&self) -> Option<Duration> {
         let reports = locked(&self.reports);
@@ -135,19 +177,23 @@ impl Engine {
     }
 }
 
-/// Starts whoever tells registries what they are to forget.
-pub(super) fn forgetter(engine: &Arc<Engine>) -> Sender<(PathBuf, Digest)> {
-    let (sender, receiver) = channel();
-    let weak = Arc::downgrade(engine);
-    let spawned =
-        std::thread::Builder::new().name("forget".into()).spawn(move || forgetting(&weak, &receiver));
-    if let Err(e) = spawned {
-        engine.failed(&format!("could not start the thread that tells registries what was removed: {e}"));
-    }
-    sender
+/// What registries are to forget.
+pub(super) enum Forget {
+    /// A manifest of a repository, which was removed.
+    Manifest(PathBuf, Digest),
+    /// A layer link of a repository, if its bytes are nowhere.
+    Dangling(PathBuf, Digest),
 }
 
-fn forgetting(engine: &Weak<Engine>, receiver: &Receiver<(PathBuf, Digest)>) {
+/// Tells registries what they are to forget, as long as there is an engine.
+pub fn forget(engine: &Weak<Engine>) {
+    let receiver = engine.upgrade().and_then(|engine| locked(&engine.forgotten).take());
+    if let Some(receiver) = receiver {
+        forgetting(engine, &receiver);
+    }
+}
+
+fn forgetting(engine: &Weak<Engine>, receiver: &Receiver<Forget>) {
     loop {
         let first = match receiver.recv_timeout(TICK) {
             Ok(first) => first,
@@ -156,11 +202,15 @@ fn forgetting(engine: &Weak<Engine>, receiver: &Receiver<(PathBuf, Digest)>) {
         };
         let Some(engine) = engine.upgrade() else { return };
         let Some(registries) = engine.registries.rememberers() else { continue };
-        for (repository, digest) in std::iter::once(first).chain(receiver.try_iter()) {
-            let told: Result<(), Error> = registries.forget(&repository, &digest);
+        for what in std::iter::once(first).chain(receiver.try_iter()) {
+            let told = match &what {
+                Forget::Manifest(repository, digest) => registries.forget(repository, digest),
+                Forget::Dangling(repository, digest) => engine.forget_link(&registries, repository, digest),
+            };
             if let Err(e) = told {
+                let (Forget::Manifest(repository, digest) | Forget::Dangling(repository, digest)) = what;
                 engine.failed(&format!(
-                    "{}@{digest} was removed, and a registry may still remember it: {e}",
+                    "{}@{digest} is gone, and a registry may still remember it: {e}",
                     repository.display()
                 ));
             }

@@ -42,6 +42,7 @@ use std::time::{Duration, SystemTime};
 
 use self::gate::{Gate, Registries};
 use self::ledger::Ledger;
+use super::dangling;
 use super::give_back::target_of;
 use super::mark;
 use super::plan::{Item, Plan, Policy, Reason, What, Young};
@@ -142,10 +143,10 @@ impl Round<'_> {
                     match targets.iter().find_map(|target| fenced.get(target)) {
                         Some(at) => links.push((*at, item)),
                         None if targets.iter().any(|target| blobs.contains_key(target)) => {}
-                        None => course.plan.items.extend(self.is_direct(&item).then_some(item)),
+                        None => course.plan.items.extend(self.is_direct().then_some(item)),
                     }
                 }
-                _ => course.plan.items.extend(self.is_direct(&item).then_some(item)),
+                _ => course.plan.items.extend(self.is_direct().then_some(item)),
             }
         }
         course.direct = course.plan.items.len();
@@ -248,14 +249,8 @@ impl Round<'_> {
     }
 
     /// Whether something that is not the bytes of a blob goes at once.
-    fn is_direct(&self, item: &Item) -> bool {
-        match (&self.options.gate, &item.what) {
-            (Gate::Off, _) => true,
-            // A registry that remembers the link serves the repository without it, until it is started again.
-            (Gate::Probe(_), What::LayerLink(..)) => item.reason == Reason::Dangling,
-            (Gate::Probe(_), _) => true,
-            (Gate::Stop { .. } | Gate::Stopped, _) => false,
-        }
+    fn is_direct(&self) -> bool {
+        matches!(self.options.gate, Gate::Off | Gate::Probe(_))
     }
 
     /// Does what is due; what fails is in the answer. Fails only before the first change.
@@ -285,6 +280,10 @@ impl Round<'_> {
         taken.items.extend(moved.items);
         taken.repaired = moved.repaired;
         taken.failures.extend(moved.failures);
+        if let Gate::Probe(probe) = &self.options.gate {
+            let forgotten = dangling::forget_all(self.store, &*probe.0, author, self.catalog);
+            taken.failures.extend(forgotten.err());
+        }
         if !progress.is_stopped()
             && (!course.fence.is_empty() || !refused.is_empty())
             && let Err(e) = self.fence(course, refused, author, progress, &mut taken)
@@ -589,12 +588,12 @@ fn claim(path: &Path) -> Option<(PathBuf, Digest)> {
     }
 }
 
-/// Whether a registry may remember what was taken from `path`, and nothing but a drain has been waited for. Links that a
-/// sweep took belong to its blobs, for which there is a gate.
+/// Whether a registry may remember what was taken from `path`, and nothing but a drain has been waited for. Links to the
+/// blobs that a sweep is about have a gate.
 fn is_to_be_forgotten(transaction: &Contents, path: &Path) -> bool {
     match layout::classify(path) {
         Kind::Revision(..) => true,
-        Kind::LayerLink(..) => !transaction.is_swept(),
+        Kind::LayerLink(..) => transaction.staged().is_empty(),
         _ => false,
     }
 }

@@ -229,8 +229,10 @@ impl Search<'_> {
             let is_decided = targets.iter().any(|id| self.known.contains(*id));
             if !is_decided && let Some(stat) = unless_misplaced(self.store.stat(&path))? {
                 if !self.policy.is_young(last_use(&stat)) {
-                    let is_there = targets.iter().any(|id| catalog.has_blob(*id));
-                    let reason = if is_there { Reason::UnnamedHere } else { Reason::Dangling };
+                    let reason = match self.has_bytes(targets)? {
+                        true => Reason::UnnamedHere,
+                        false => Reason::Dangling,
+                    };
                     self.add(What::LayerLink(name, layer), 0, reason);
                 }
                 continue;
@@ -241,6 +243,17 @@ impl Search<'_> {
             self.algorithms(&layout::layers(&repository.name))?;
         }
         Ok(())
+    }
+
+    /// Whether one of the blobs is there: what a sweep took leaves its directory.
+    fn has_bytes(&self, blobs: &[DigestId]) -> Result<bool> {
+        for blob in blobs.iter().copied().filter(|blob| self.catalog.has_blob(*blob)) {
+            let stat = self.store.stat(&layout::blob_data(&self.catalog.digest(blob)));
+            if unless_misplaced(stat)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Directories of algorithms that nobody uses any more; the one of SHA-256 always comes back.

@@ -61,6 +61,11 @@ impl Registry {
         self.port
     }
 
+    /// The process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.as_ref().expect("it runs").id()
+    }
+
     /// Starts it again with another configuration.
     pub(crate) fn change_config(&mut self, change: &dyn Fn(String) -> String) {
         self.stop();

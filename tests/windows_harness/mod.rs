@@ -16,7 +16,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
 
 use crate::common::registry::Registry;
-use crate::common::scratch;
+use crate::common::run::clean;
+use crate::common::{entries, scratch, wait_for};
 
 /// A bind mount; gone when dropped.
 pub(crate) struct Bound {
@@ -108,6 +109,41 @@ impl Held {
         let end_of_path = end_of_path.to_string();
         *self.wanted.lock().unwrap() = Some(Wanted { end_of_path, skip, reached, go_on: may_go_on });
         Hold { reached: is_reached, _go_on: go_on }
+    }
+}
+
+/// Slows a registry down before it makes one directory, until it is dropped.
+pub(crate) struct Slow(std::process::Child);
+
+impl Slow {
+    /// `seconds` before each mkdir of `path`, as the registry names it.
+    pub(crate) fn before_mkdir(registry: &Registry, path: &Path, seconds: u64) -> Slow {
+        let pid = registry.pid();
+        let child = clean("setpriv")
+            .args(["--pdeathsig", "TERM", "strace", "--quiet=all", "-f", "-o", "/dev/null"])
+            .args(["-p", &pid.to_string(), "-P"])
+            .arg(path)
+            .args(["-e", "trace=mkdirat", "-e", &format!("inject=mkdirat:delay_enter={seconds}s")])
+            .spawn()
+            .expect("run strace");
+        let slow = Slow(child);
+        let is_traced =
+            |status: &str| status.lines().any(|l| l.starts_with("TracerPid:") && !l.ends_with("\t0"));
+        wait_for("strace to see every thread", Duration::from_secs(30), || {
+            let tasks = entries(Path::new(&format!("/proc/{pid}/task")));
+            let statuses = tasks.iter().map(|task| std::fs::read_to_string(task.join("status")));
+            statuses.flatten().all(|status| is_traced(&status)).then_some(())
+        });
+        slow
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.0);
+        // It lets go of the registry when it is told to end, not when it is killed.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.0.wait();
     }
 }
 
