@@ -4,644 +4,235 @@
 //! A model, not the code: small enough that all of it can be looked at. What it says about each step that is left out
 //! stands, with the shortest way to a loss, in `docs/protocol.md`, which this test writes and compares.
 //!
-//! One object, two repositories. At first both have a link to it, nothing names it, and a registry with a cache
-//! remembers it, or has just been started and does not. A push names it in one of them. A push is lost when it was acknowledged and in the end the link or the
-//! bytes are neither in their place nor in the trash (from which they come back, being in use). The object is
+//! One object, two repositories, both or one of which have a link to it; nothing names it. A registry with a cache
+//! remembers it, or has just been started and does not. A push names it in one of them. It is lost when it was
+//! acknowledged and the link or the bytes are neither in their place nor in the trash (from which they come back, being in
+//! use); and broken when they lie in the trash while the sweep is busy elsewhere or waits. The object is
 //!
 //! - a layer: it goes with its links;
-//! - a manifest that no repository has any more: it goes without a fence, but only where nobody remembers;
+//! - a manifest that no repository has any more: no links lead to it, and only where nobody remembers does it go;
 //! - a child: a manifest that is taken out of a repository (`rm`, untagged) and named by an index that is pushed. Its link
 //!   is that of its revision; its bytes stay.
 //!
 //! A drain is over when every request has ended that was under way when it began; a client may take as long as it
-//! likes between two requests.
+//! likes between two requests. A sleeper is a request for which no drain waits: it saw the bytes, and writes its link when
+//! they may be gone.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+#[path = "protocol/model.rs"]
+mod model;
+
 use std::fmt::Write as _;
+use std::hash::{BuildHasher, BuildHasherDefault, Hasher};
+use std::sync::Mutex;
 
-use hashbrown::HashSet;
+use hashbrown::HashTable;
 
-const REPOSITORIES: [usize; 2] = [0, 1];
+use model::{Model, Object, Rule, Setting, State};
 
-/// What a registry remembers, and what is asked of it before the bytes go.
+/// What leaving it out leads to at worst.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Setting {
-    /// No cache, no question.
-    Off,
-    /// A cache, and it is asked.
-    Probe,
-    /// A cache, and the sweep takes everything while it is stopped.
-    Stop,
+enum Worst {
+    Lost,
+    Broken,
+    Nothing,
 }
 
-/// What happens.
-#[derive(Clone, Copy, Debug)]
-enum Event {
-    Push(usize, Push),
-    Sweep(Sweep),
-    Killed(Sweep),
-}
+impl Rule {
+    const ALL: [(Rule, Worst); 13] = [
+        (Rule::Fence, Worst::Lost),
+        (Rule::FenceCheck, Worst::Nothing),
+        (Rule::StaysStaged, Worst::Lost),
+        (Rule::Drain, Worst::Lost),
+        (Rule::Gate, Worst::Lost),
+        (Rule::DrainFirst, Worst::Lost),
+        (Rule::SecondLook, Worst::Broken),
+        (Rule::LookBack, Worst::Broken),
+        (Rule::LateWrites, Worst::Nothing),
+        (Rule::StageLast, Worst::Lost),
+        (Rule::LastWait, Worst::Lost),
+        (Rule::LastLook, Worst::Lost),
+        (Rule::Dangling, Worst::Lost),
+    ];
 
-impl std::fmt::Display for Event {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn text(self) -> &'static str {
         match self {
-            Event::Push(at, push) => {
-                write!(f, "push {} ({:?} to r{}): {:?}", at + 1, push.kind, push.repository, push.step)
+            Rule::Fence => "the fence (the links stay)",
+            Rule::FenceCheck => "putting a fresh link back that was moved",
+            Rule::StaysStaged => "going on with a blob that a registry could not be told to forget",
+            Rule::Drain => "the drain after the fence",
+            Rule::Gate => "the gate (nobody is asked, or told again)",
+            Rule::DrainFirst => {
+                "writing down that the drain begins anew before a registry is told to forget once more"
             }
-            Event::Sweep(step) => write!(f, "sweep: {step:?}"),
-            Event::Killed(step) => write!(f, "the sweep is killed before {step:?}"),
+            Rule::SecondLook => "the look for links right after the bytes moved",
+            Rule::LookBack => "the look back at the end of a run",
+            Rule::LateWrites => "minding links that were written late",
+            Rule::StageLast => {
+                "writing down that a sweep is no longer about a blob only after all of it is back"
+            }
+            Rule::LastWait => "the wait before the purge",
+            Rule::LastLook => "the last look before the purge",
+            Rule::Dangling => "taking links without bytes",
+        }
+    }
+
+    /// Whether there is such a step where `object` goes.
+    fn applies(self, object: Object, setting: Setting) -> bool {
+        let is_beside = setting != Setting::Stop;
+        let has_links = object == Object::Layer && is_beside;
+        match self {
+            Rule::Fence
+            | Rule::FenceCheck
+            | Rule::LateWrites
+            | Rule::SecondLook
+            | Rule::StageLast
+            | Rule::Dangling => has_links,
+            Rule::Drain => is_beside && (object != Object::Child || setting == Setting::Probe),
+            Rule::Gate => setting == Setting::Probe,
+            Rule::DrainFirst | Rule::StaysStaged => has_links && setting == Setting::Probe,
+            Rule::LookBack | Rule::LastWait | Rule::LastLook => true,
+        }
+    }
+
+    /// What shows it.
+    fn model(self, object: Object, setting: Setting) -> Model {
+        let model = Model::new(object, setting);
+        let needs_crash = matches!(self, Rule::DrainFirst | Rule::StageLast | Rule::StaysStaged);
+        Model {
+            without: Some(self),
+            has_sleeper: self == Rule::Dangling,
+            rounds: 0,
+            crashes: needs_crash.into(),
+            ..model
         }
     }
 }
 
-/// What goes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Object {
-    Layer,
-    Manifest,
-    Child,
-}
+/// A hash of a few small numbers.
+#[derive(Default)]
+struct Fast(u64);
 
-/// What is left out.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-struct Without {
-    fence: bool,
-    drain: bool,
-    gate: bool,
-    second_look: bool,
-    last_mark: bool,
-    late_writes: bool,
-    keep: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Link {
-    Absent,
-    Old,
-    Fresh,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Bytes {
-    There,
-    Trash,
-    Gone,
-}
-
-/// Where the file is that a request has open to write a link.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Open {
-    Nowhere,
-    There,
-    Trash,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Kind {
-    /// HEAD, and the upload only if that says so.
-    Head,
-    /// The upload in any case.
-    Upload,
-    /// A mount from the other repository.
-    Mount,
-    /// The manifest only: the client has asked long ago.
-    Again,
-    /// The manifest itself, bytes and all.
-    Manifest,
-}
-
-/// The next step of a push.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Step {
-    HeadLink,
-    HeadBytes,
-    MountLink,
-    MountBytes,
-    UploadBytes,
-    UploadMove,
-    LinkOpen,
-    LinkWrite,
-    PutLink,
-    PutBytes,
-    ManifestBytes,
-    ManifestWrite,
-    PutRef,
-    Acknowledged,
-    GivenUp,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-struct Push {
-    kind: Kind,
-    repository: usize,
-    step: Step,
-    has_retried: bool,
-    open: Open,
-    /// Its request was under way when the drain began that is waited for.
-    is_old: bool,
-}
-
-impl Push {
-    fn new(kind: Kind, repository: usize) -> Push {
-        let step = match kind {
-            Kind::Head => Step::HeadLink,
-            Kind::Upload => Step::UploadBytes,
-            Kind::Mount => Step::MountLink,
-            Kind::Again => Step::PutLink,
-            Kind::Manifest => Step::ManifestBytes,
-        };
-        Push { kind, repository, step, has_retried: false, open: Open::Nowhere, is_old: false }
+impl Hasher for Fast {
+    fn finish(&self) -> u64 {
+        self.0 ^ (self.0 >> 29)
     }
 
-    fn is_under_way(&self) -> bool {
-        use Step::*;
-        !matches!(
-            self.step,
-            HeadLink | MountLink | UploadBytes | PutLink | ManifestBytes | Acknowledged | GivenUp
-        )
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u8(*byte));
     }
 
-    fn is_over(&self) -> bool {
-        matches!(self.step, Step::Acknowledged | Step::GivenUp)
+    fn write_u8(&mut self, number: u8) {
+        self.write_u64(number.into());
     }
 
-    /// A new request begins.
-    fn go(&mut self, step: Step) {
-        self.step = step;
-        self.is_old = false;
+    fn write_isize(&mut self, number: isize) {
+        self.write_u64(number.cast_unsigned() as u64);
     }
 
-    /// The registry says that something is unknown, or goes: clients begin anew, once here.
-    fn refused(&mut self) {
-        self.open = Open::Nowhere;
-        let first = if self.kind == Kind::Manifest { Step::ManifestBytes } else { Step::HeadLink };
-        self.go(if self.has_retried { Step::GivenUp } else { first });
-        self.has_retried = true;
+    fn write_u64(&mut self, number: u64) {
+        self.0 = (self.0.rotate_left(5) ^ number).wrapping_mul(0x517c_c1b7_2722_0a95);
     }
 }
 
-/// The next step of the sweep.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Sweep {
-    /// Looks at a repository; what for.
-    Look(usize, For),
-    FenceMove(usize),
-    FenceCheck(usize),
-    EvictMemory(usize),
-    EvictLink(usize),
-    Fenced,
-    Drain,
-    Gate(usize),
-    LinkBefore(usize),
-    MoveBytes,
-    LinkAfter(usize),
-    BytesBack,
-    Quarantined,
-    Keep,
-    Purge,
-    /// A manifest or a link has come: everything back.
-    BackBytes,
-    BackLink(usize),
-    StopAndTake,
-    Over,
+/// The way to a state, and what is wrong there.
+type Trace = (Vec<String>, String);
+
+/// What was found: how many states there are up to the first loss; that; and the first time that something was broken.
+#[derive(Clone, Default, Debug)]
+struct Found {
+    states: usize,
+    loss: Option<Trace>,
+    lack: Option<(usize, Trace)>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum For {
-    Candidates,
-    Quarantine,
-    LookBack,
-    Purge,
-    /// After a crash.
-    Anew,
+/// The states in the order in which they were reached, each with the one before, and where to find them.
+#[derive(Default)]
+struct Reached {
+    states: Vec<(State, Option<u32>)>,
+    places: HashTable<u32>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-struct State {
-    bytes: Bytes,
-    links: [Link; 2],
-    /// `Fresh`: written after it moved here.
-    trash: [Link; 2],
-    refs: [bool; 2],
-    memory: [bool; 2],
-    /// Where there is but one, the other has given up.
-    pushes: [Push; 2],
-    sweep: Sweep,
-    /// What the look that goes on has seen so far.
-    has_seen_use: bool,
-    /// Times that the sweep begins from the start, at most.
-    rounds: u8,
-    crashes: u8,
-    /// A DELETE of the gate, after which the drain begins anew.
-    evicts_again: bool,
-    /// Of a child: it is to be evicted once more after the drain.
-    evicts_twice: bool,
-}
-
-struct Model {
-    object: Object,
-    setting: Setting,
-    without: Without,
-}
-
-impl Model {
-    fn start(&self, pushes: [Push; 2], crashes: u8, remembers: bool) -> State {
-        State {
-            bytes: Bytes::There,
-            links: [if self.object == Object::Manifest { Link::Absent } else { Link::Old }; 2],
-            trash: [Link::Absent; 2],
-            refs: [false; 2],
-            memory: [remembers; 2],
-            pushes,
-            sweep: Sweep::Look(0, For::Candidates),
-            has_seen_use: false,
-            rounds: 2,
-            crashes,
-            evicts_again: false,
-            evicts_twice: self.evicts_twice(),
+impl Reached {
+    fn add(&mut self, state: State, before: Option<u32>) {
+        let Reached { states, places } = self;
+        let hash = |state: &State| BuildHasherDefault::<Fast>::default().hash_one(state);
+        let hashed = hash(&state);
+        if places.find(hashed, |at| states[*at as usize].0 == state).is_none() {
+            let at = u32::try_from(states.len()).unwrap();
+            places.insert_unique(hashed, at, |at| hash(&states[*at as usize].0));
+            states.push((state, before));
         }
     }
 
-    /// Everything that can happen next.
-    fn each_next(&self, state: &State, mut each: impl FnMut(Event, State)) {
-        for (at, push) in state.pushes.iter().enumerate().filter(|(_, push)| !push.is_over()) {
-            let mut next = *state;
-            self.push(&mut next, at);
-            each(Event::Push(at, *push), next);
+    /// What happened on the way to a state.
+    fn trace(&self, model: &Model, mut at: usize) -> Vec<String> {
+        let mut trace = Vec::new();
+        while let (state, Some(before)) = self.states[at] {
+            at = before as usize;
+            let mut event = None;
+            model.each_next(&self.states[at].0, |with, next| {
+                event = event.or(Some(with).filter(|_| next == state));
+            });
+            trace.push(event.unwrap().to_string());
         }
-        if let Some(next) = self.sweep(state) {
-            each(Event::Sweep(state.sweep), next);
-        }
-        if state.crashes > 0 && state.sweep != Sweep::Over {
-            let mut next = *state;
-            next.crashes -= 1;
-            next.sweep = Sweep::Look(0, For::Anew);
-            next.has_seen_use = false;
-            // What was not written down as done is done again.
-            next.evicts_twice = self.evicts_twice();
-            each(Event::Killed(state.sweep), next);
-        }
-    }
-
-    fn evicts_twice(&self) -> bool {
-        !self.without.gate && self.setting == Setting::Probe
-    }
-
-    fn push(&self, state: &mut State, at: usize) {
-        let remembers = self.setting != Setting::Off;
-        let mut push = state.pushes[at];
-        let own = push.repository;
-        let other = 1 - own;
-        let is_there = state.bytes == Bytes::There;
-        match push.step {
-            Step::HeadLink if remembers && state.memory[own] => push.go(Step::PutLink),
-            Step::HeadLink if state.links[own] == Link::Absent => push.go(Step::UploadBytes),
-            Step::HeadLink => push.step = Step::HeadBytes,
-            Step::HeadBytes if is_there => {
-                state.memory[own] = remembers;
-                push.go(Step::PutLink);
-            }
-            Step::HeadBytes => push.go(Step::UploadBytes),
-            Step::MountLink if remembers && state.memory[other] => push.step = Step::LinkOpen,
-            Step::MountLink if state.links[other] == Link::Absent => push.go(Step::UploadBytes),
-            Step::MountLink => push.step = Step::MountBytes,
-            Step::MountBytes if is_there => {
-                state.memory[other] = remembers;
-                push.step = Step::LinkOpen;
-            }
-            Step::MountBytes => push.go(Step::UploadBytes),
-            Step::UploadBytes if is_there => push.step = Step::LinkOpen,
-            Step::UploadBytes => push.step = Step::UploadMove,
-            Step::UploadMove => {
-                state.bytes = Bytes::There;
-                push.step = Step::LinkOpen;
-            }
-            Step::LinkOpen => {
-                if state.links[own] == Link::Absent {
-                    // A new file, still empty: it counts as a link from now on.
-                    state.links[own] = Link::Fresh;
-                }
-                push.open = Open::There;
-                push.step = Step::LinkWrite;
-            }
-            Step::LinkWrite => {
-                match push.open {
-                    Open::There => state.links[own] = Link::Fresh,
-                    Open::Trash => state.trash[own] = Link::Fresh,
-                    Open::Nowhere => {}
-                }
-                push.open = Open::Nowhere;
-                state.memory[own] = remembers;
-                push.go(Step::PutLink);
-            }
-            Step::PutLink if remembers && state.memory[own] => push.step = Step::PutRef,
-            Step::PutLink if state.links[own] == Link::Absent => push.refused(),
-            Step::PutLink => push.step = Step::PutBytes,
-            Step::PutBytes if is_there => {
-                state.memory[own] = remembers;
-                push.step = Step::PutRef;
-            }
-            Step::PutBytes => push.refused(),
-            Step::ManifestBytes if is_there => push.step = Step::PutRef,
-            Step::ManifestBytes => push.step = Step::ManifestWrite,
-            Step::ManifestWrite => {
-                state.bytes = Bytes::There;
-                push.step = Step::PutRef;
-            }
-            Step::PutRef => {
-                state.refs[own] = true;
-                push.go(Step::Acknowledged);
-            }
-            Step::Acknowledged | Step::GivenUp => {}
-        }
-        state.pushes[at] = push;
-    }
-
-    fn sweep(&self, before: &State) -> Option<State> {
-        let mut state = *before;
-        let is_draining = state.pushes.iter().any(|push| push.is_under_way() && push.is_old);
-        state.sweep = match state.sweep {
-            Sweep::Look(at, purpose) => {
-                let late = state.trash[at] == Link::Fresh && !self.without.late_writes;
-                let linked = match purpose {
-                    // Old links are what is to be taken.
-                    For::Candidates => state.links[at] == Link::Fresh,
-                    _ => state.links[at] != Link::Absent,
-                };
-                // Without a fence the links are where they were.
-                let linked = linked && !(self.without.fence && state.links[at] == Link::Old);
-                state.has_seen_use |= state.refs[at] || linked || late;
-                match at {
-                    0 => Sweep::Look(1, purpose),
-                    _ => self.decide(&mut state, purpose),
-                }
-            }
-            Sweep::FenceMove(at) => {
-                if state.links[at] != Link::Absent {
-                    state.trash[at] = state.links[at];
-                    state.links[at] = Link::Absent;
-                    state.moved(at, Open::There, Open::Trash);
-                }
-                Sweep::FenceCheck(at)
-            }
-            Sweep::FenceCheck(at) if state.trash[at] == Link::Fresh => Sweep::BackLink(0),
-            Sweep::FenceCheck(0) => Sweep::FenceMove(1),
-            Sweep::FenceCheck(_) if self.setting == Setting::Probe => Sweep::EvictMemory(0),
-            Sweep::FenceCheck(_) => Sweep::Fenced,
-            Sweep::EvictMemory(at) => {
-                state.memory[at] = false;
-                Sweep::EvictLink(at)
-            }
-            Sweep::EvictLink(at) => {
-                // The DELETE of a blob takes a layer link, never the revision of a manifest.
-                if self.object != Object::Child {
-                    state.links[at] = Link::Absent;
-                    state.moved(at, Open::There, Open::Nowhere);
-                }
-                match at {
-                    0 if !state.evicts_again => Sweep::EvictMemory(1),
-                    _ => Sweep::Fenced,
-                }
-            }
-            Sweep::Fenced => {
-                state.evicts_again = false;
-                state.drain_begins();
-                Sweep::Drain
-            }
-            Sweep::Drain if is_draining && !self.without.drain => return None,
-            // Told again to forget, now that nobody is under way who saw it.
-            Sweep::Drain if self.object == Object::Child && state.evicts_twice => {
-                state.evicts_twice = false;
-                Sweep::EvictMemory(0)
-            }
-            Sweep::Drain if self.object == Object::Child => Sweep::Look(0, For::Purge),
-            Sweep::Drain => Sweep::Look(0, For::Quarantine),
-            Sweep::Gate(at) => {
-                let says_yes =
-                    state.memory[at] || (state.links[at] != Link::Absent && state.bytes == Bytes::There);
-                match at {
-                    _ if says_yes && self.setting == Setting::Probe && !self.without.gate => {
-                        state.evicts_again = true;
-                        Sweep::EvictMemory(at)
-                    }
-                    0 => Sweep::Gate(1),
-                    _ => Sweep::LinkBefore(0),
-                }
-            }
-            Sweep::LinkBefore(at) if state.links[at] != Link::Absent && !self.without.fence => {
-                Sweep::Look(0, For::LookBack)
-            }
-            Sweep::LinkBefore(0) => Sweep::LinkBefore(1),
-            Sweep::LinkBefore(_) => Sweep::MoveBytes,
-            Sweep::MoveBytes => {
-                if state.bytes == Bytes::There {
-                    state.bytes = Bytes::Trash;
-                }
-                if self.without.second_look { Sweep::Quarantined } else { Sweep::LinkAfter(0) }
-            }
-            Sweep::LinkAfter(at) if state.links[at] == Link::Fresh => Sweep::BytesBack,
-            Sweep::LinkAfter(0) => Sweep::LinkAfter(1),
-            Sweep::LinkAfter(_) => Sweep::Look(0, For::LookBack),
-            Sweep::BytesBack => {
-                state.back();
-                Sweep::Look(0, For::LookBack)
-            }
-            Sweep::Quarantined => {
-                state.drain_begins();
-                Sweep::Keep
-            }
-            Sweep::Keep if is_draining && !self.without.keep => return None,
-            Sweep::Keep if self.without.last_mark => Sweep::Purge,
-            Sweep::Keep => Sweep::Look(0, For::Purge),
-            Sweep::Purge => {
-                if state.bytes == Bytes::Trash {
-                    state.bytes = Bytes::Gone;
-                }
-                state.trash = [Link::Absent; 2];
-                for push in &mut state.pushes {
-                    if push.open == Open::Trash {
-                        push.open = Open::Nowhere;
-                    }
-                }
-                Sweep::Over
-            }
-            Sweep::BackBytes => {
-                state.back();
-                Sweep::BackLink(0)
-            }
-            Sweep::BackLink(at) => {
-                if state.trash[at] != Link::Absent && state.links[at] == Link::Absent {
-                    state.links[at] = state.trash[at];
-                    state.trash[at] = Link::Absent;
-                    state.moved(at, Open::Trash, Open::There);
-                }
-                match at {
-                    0 => Sweep::BackLink(1),
-                    _ => state.again(),
-                }
-            }
-            Sweep::StopAndTake => {
-                // Nothing runs: whoever had a request under way begins anew, and nobody remembers.
-                for push in &mut state.pushes {
-                    if push.is_under_way() {
-                        push.refused();
-                    }
-                }
-                state.memory = [false; 2];
-                if state.refs == [false; 2] && !state.links.contains(&Link::Fresh) {
-                    state.trash = state.links;
-                    state.links = [Link::Absent; 2];
-                    state.bytes = Bytes::Trash;
-                }
-                Sweep::Quarantined
-            }
-            Sweep::Over => return None,
-        };
-        Some(state)
-    }
-
-    /// After a look.
-    fn decide(&self, state: &mut State, purpose: For) -> Sweep {
-        if std::mem::take(&mut state.has_seen_use) {
-            return match purpose {
-                For::Candidates => state.again(),
-                _ => Sweep::BackBytes,
-            };
-        }
-        match purpose {
-            For::Candidates if self.setting == Setting::Stop => Sweep::StopAndTake,
-            For::Candidates if self.without.fence => Sweep::Fenced,
-            For::Candidates if self.object == Object::Manifest => Sweep::LinkBefore(0),
-            For::Candidates => Sweep::FenceMove(0),
-            For::Quarantine => Sweep::Gate(0),
-            For::LookBack => Sweep::Quarantined,
-            For::Purge => Sweep::Purge,
-            For::Anew if state.bytes == Bytes::Trash => Sweep::Quarantined,
-            For::Anew if state.trash != [Link::Absent; 2] => Sweep::Fenced,
-            For::Anew => Sweep::Look(0, For::Candidates),
-        }
+        trace.reverse();
+        trace
     }
 }
 
-impl State {
-    /// The file of a link was moved, or removed, under whoever has it open.
-    fn moved(&mut self, repository: usize, from: Open, to: Open) {
-        for push in self.pushes.iter_mut().filter(|p| p.repository == repository && p.open == from) {
-            push.open = to;
+/// Looks at everything that can happen, nearest first, until something is lost.
+fn explore(model: &Model, starts: &[State]) -> Found {
+    let (mut reached, mut found, mut at) = (Reached::default(), Found::default(), 0);
+    starts.iter().for_each(|state| reached.add(*state, None));
+    while let Some((state, _)) = reached.states.get(at).copied() {
+        if let Some(lack) = state.lack(model).filter(|_| found.lack.is_none()) {
+            found.lack = Some((reached.states.len(), (reached.trace(model, at), lack)));
         }
-    }
-
-    fn drain_begins(&mut self) {
-        for push in &mut self.pushes {
-            push.is_old = push.is_under_way();
+        if let Some(loss) = state.loss(model) {
+            found.loss = Some((reached.trace(model, at), loss));
+            break;
         }
-    }
-
-    fn back(&mut self) {
-        if self.bytes == Bytes::Trash {
-            self.bytes = Bytes::There;
-        }
-    }
-
-    /// The sweep of this blob is over; another may begin.
-    fn again(&mut self) -> Sweep {
-        match self.rounds.checked_sub(1) {
-            Some(left) => {
-                self.rounds = left;
-                Sweep::Look(0, For::Candidates)
-            }
-            None => Sweep::Over,
-        }
-    }
-
-    fn is_over(&self) -> bool {
-        self.sweep == Sweep::Over && self.pushes.iter().all(Push::is_over)
-    }
-
-    /// What an acknowledged push lacks in the end, if anything.
-    fn loss(&self, object: Object) -> Option<String> {
-        let acknowledged = self.pushes.iter().filter(|push| push.step == Step::Acknowledged);
-        for push in acknowledged {
-            let own = push.repository;
-            if self.bytes == Bytes::Gone {
-                return Some("the bytes are gone".to_string());
-            }
-            if object != Object::Manifest
-                && self.links[own] == Link::Absent
-                && self.trash[own] == Link::Absent
-            {
-                return Some(format!("the link of r{own} is gone"));
-            }
-        }
-        None
-    }
-}
-
-/// Looks at everything that can happen from `start`; the number of states, and the shortest way to a loss.
-fn explore(model: &Model, start: State) -> (usize, Option<(Vec<String>, String)>) {
-    let mut seen: HashSet<State> = HashSet::from([start]);
-    // Each state in the order in which it was reached, with the one before and what happened.
-    let mut reached: Vec<(State, usize, Option<Event>)> = vec![(start, 0, None)];
-    let mut at = 0;
-    while let Some((state, ..)) = reached.get(at).copied() {
-        if state.is_over()
-            && let Some(loss) = state.loss(model.object)
-        {
-            let (mut trace, mut now) = (Vec::new(), at);
-            while let (_, before, Some(event)) = reached[now] {
-                trace.push(event.to_string());
-                now = before;
-            }
-            trace.reverse();
-            return (seen.len(), Some((trace, loss)));
-        }
-        model.each_next(&state, |event, next| {
-            if seen.insert(next) {
-                reached.push((next, at, Some(event)));
-            }
-        });
+        let before = u32::try_from(at).ok();
+        model.each_next(&state, |_, next| reached.add(next, before));
         at += 1;
     }
-    (seen.len(), None)
+    found.states = reached.states.len();
+    found
 }
 
-/// One push of each kind, and two of all pairs of kinds, to the same and to different repositories.
-fn pushes(object: Object) -> Vec<[Push; 2]> {
-    let kinds: &[Kind] = match object {
-        Object::Layer => &[Kind::Head, Kind::Upload, Kind::Mount, Kind::Again],
-        Object::Manifest => &[Kind::Manifest],
-        // HEAD of the child, its push if it is not there, the index.
-        Object::Child => &[Kind::Head, Kind::Upload, Kind::Again],
+/// All that can happen with one or two pushes; what one is enough to show, with that.
+fn check(model: &Model) -> Found {
+    let (one, all) = model.starts();
+    if model.without.is_none() {
+        return explore(model, &all);
+    }
+    let found = explore(model, &one);
+    if found.loss.is_some() {
+        return found;
+    }
+    let more = explore(model, &all);
+    Found { lack: found.lack.or(more.lack), ..more }
+}
+
+/// Checks all of them, on as many threads as there are processors.
+fn check_all(models: &[Model]) -> Vec<Found> {
+    let next = Mutex::new(models.iter().enumerate());
+    let found = Mutex::new(vec![Found::default(); models.len()]);
+    let work = || {
+        loop {
+            let Some((at, model)) = next.lock().unwrap().next() else { return };
+            let one = check(model);
+            found.lock().unwrap()[at] = one;
+        }
     };
-    let nobody = Push { step: Step::GivenUp, ..Push::new(Kind::Again, 1) };
-    let mut all: Vec<[Push; 2]> = kinds.iter().map(|kind| [Push::new(*kind, 0), nobody]).collect();
-    for (at, first) in kinds.iter().copied().enumerate() {
-        for second in kinds.iter().copied().skip(at) {
-            for repository in REPOSITORIES {
-                all.push([Push::new(first, 0), Push::new(second, repository)]);
-            }
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(work);
         }
-    }
-    all
-}
-
-/// The first loss in any of the cases, those with fewer pushes first; and how many states there are.
-fn check(object: Object, setting: Setting, without: Without) -> (usize, Option<(Vec<String>, String)>) {
-    let model = Model { object, setting, without };
-    let mut states = 0;
-    for pushes in pushes(object) {
-        let crashes = u8::from(without == Without::default());
-        // A registry that has just started remembers nothing yet.
-        for remembers in [true, false].into_iter().filter(|remembers| !remembers || setting != Setting::Off) {
-            let (more, loss) = explore(&model, model.start(pushes, crashes, remembers));
-            states += more;
-            if loss.is_some() {
-                return (states, loss);
-            }
-        }
-    }
-    (states, None)
+    });
+    found.into_inner().unwrap()
 }
 
 /// What is said before the traces.
@@ -660,120 +251,149 @@ What remains, and clients or administrators may see:
 
 - A client that asked before the fence and sends its manifest after it is told `400` (`MANIFEST_BLOB_UNKNOWN`) and begins
   anew, as clients do.
-- For moments something that was just named may be in the trash: until an event, or the next look.
-- A request that takes longer than the drain, and whose answer a registry remembers: make the drain longer than the
-  longest request (uploads count only from the last byte on, when the registry commits them).
+- Something that was just named may be in the trash until an event, or until the look back at the end of a run. That is
+  so in a repository that had no link to the blob before: the look right after the bytes moved knows of no link there.
+- A request that takes longer than the drain and the time in the trash together between two of its steps: its own client
+  may be told that all is well, once. Links without bytes that it leaves are taken and forgotten, so nobody else is. What
+  no look can find is one that sleeps after its link is written, or was seen, and before the registry remembers it;
+  nothing but computing lies between the two, or the removal of the upload. So make the drain longer than the longest
+  request (uploads count only from the last byte on, when the registry commits them).
 - Registries that are not asked. With `--registry` all processes that serve the storage have to be named.
+";
 
-## Each step, left out
+/// What is said before the table of what is left out.
+const LEFT_OUT: &str = "
+## What each step is for
+
+What happens at worst when one is left out, and in how many states until then. *Lost*: a push that was acknowledged
+lacks its link or its bytes for good. *Broken*: it lacks them, acknowledged before the sweep last looked, while the sweep
+goes on with other blobs or waits. *-*: neither, in all the states there are. No word: there is no such step.
+
+Two looks are not there against losses: what they find, the last look before the purge finds as well, but that is days
+later. The look right after the bytes moved is for what was acknowledged before, while the sweep may go on for hours with
+other blobs; the look back at the end of a run is for what was acknowledged meanwhile, before the wait that follows.
+Neither needs fresh links to be put back at once, nor those to be minded that were written late: both spare clients a
+`400`, after which they would begin anew.
+
+Without a cache no single step is needed against losing a layer, since such a registry looks for the link and the bytes
+again when the manifest comes. While a registry is stopped no request is under way and nothing is remembered, so what is
+taken then needs no step at all.
+
 ";
 
 fn name(setting: Setting) -> &'static str {
     match setting {
         Setting::Off => "no cache",
-        Setting::Probe => "a cache, and the registry is asked",
-        Setting::Stop => "a cache, and the registry is stopped for a moment",
+        Setting::Probe => "asked",
+        Setting::Stop => "stopped",
     }
+}
+
+const ALL: [(Object, Setting); 8] = [
+    (Object::Layer, Setting::Probe),
+    (Object::Layer, Setting::Off),
+    (Object::Layer, Setting::Stop),
+    (Object::Manifest, Setting::Off),
+    (Object::Manifest, Setting::Stop),
+    (Object::Child, Setting::Probe),
+    (Object::Child, Setting::Off),
+    (Object::Child, Setting::Stop),
+];
+
+impl Found {
+    fn worst(&self) -> Worst {
+        match self {
+            Found { loss: Some(_), .. } => Worst::Lost,
+            Found { lack: Some(_), .. } => Worst::Broken,
+            _ => Worst::Nothing,
+        }
+    }
+
+    /// A cell of the table.
+    fn text(&self) -> String {
+        match &self.lack {
+            _ if self.loss.is_some() => format!("lost ({})", self.states),
+            Some((states, _)) => format!("broken ({states})"),
+            None => format!("- ({})", self.states),
+        }
+    }
+
+    fn trace(&self) -> Option<&Trace> {
+        self.loss.as_ref().or(self.lack.as_ref().map(|(_, trace)| trace))
+    }
+}
+
+/// The line of the table for a step that is left out, and the shortest way to the worst that follows.
+fn row(rule: Rule, found: &[(Model, Found)]) -> (String, String) {
+    let (mut line, mut worst) = (format!("| {} |", rule.text()), None);
+    for (object, setting) in ALL {
+        let of = |(model, _): &&(Model, Found)| {
+            (model.without, model.object, model.setting) == (Some(rule), object, setting)
+        };
+        let cell = found.iter().find(of);
+        line += &cell.map_or(" |".to_string(), |(_, found)| format!(" {} |", found.text()));
+        if let Some((_, one)) = cell
+            && worst.is_none_or(|(_, before): (Object, &Found)| one.loss.is_some() && before.loss.is_none())
+            && one.trace().is_some()
+        {
+            worst = Some((object, one));
+        }
+    }
+    let mut text = String::new();
+    if let Some((object, found)) = worst
+        && let Some((trace, what)) = found.trace()
+    {
+        writeln!(text, "\n### Without {} ({object:?})\n", rule.text()).unwrap();
+        for (at, step) in trace.iter().enumerate() {
+            writeln!(text, "{}. {step}", at + 1).unwrap();
+        }
+        writeln!(text, "\nThe push was acknowledged, and {what}.").unwrap();
+    }
+    (line, text)
+}
+
+/// The table of all that holds when nothing is left out.
+fn whole(found: &[(Model, Found)]) -> String {
+    let mut text = "\n## Nothing left out\n\n| what goes | registry | | states | lost | broken |\n|---|---|---|--:|--:|--:|\n".to_string();
+    for (model, found) in found.iter().filter(|(model, _)| model.without.is_none()) {
+        assert_eq!(found.worst(), Worst::Nothing, "{model:?}: {found:#?}");
+        let how =
+            if model.has_sleeper { "a request sleeps" } else { "a crash, or a DELETE that fails, anywhere" };
+        let (object, setting, states) = (model.object, name(model.setting), found.states);
+        writeln!(text, "| {object:?} | {setting} | {how} | {states} | 0 | 0 |").unwrap();
+    }
+    text + "| Manifest | asked | it stays: 2.8 and 3.1 do not write again what they remember | | | |\n"
 }
 
 #[test]
 fn no_interleaving_loses_a_push_and_each_step_that_is_left_out_does() {
-    let nothing = Without::default();
-    let mut text = String::from(INTRODUCTION);
-    let cases = [
-        (
-            "the fence (the links stay)",
-            Object::Layer,
-            Setting::Probe,
-            Without { fence: true, ..nothing },
-            true,
-        ),
-        (
-            "the drain after the fence",
-            Object::Layer,
-            Setting::Probe,
-            Without { drain: true, ..nothing },
-            true,
-        ),
-        (
-            "the gate (nobody is asked before the bytes go)",
-            Object::Layer,
-            Setting::Probe,
-            Without { gate: true, ..nothing },
-            true,
-        ),
-        ("the wait before the purge", Object::Layer, Setting::Probe, Without { keep: true, ..nothing }, true),
-        (
-            "the last look before the purge",
-            Object::Layer,
-            Setting::Probe,
-            Without { last_mark: true, ..nothing },
-            true,
-        ),
-        (
-            "the last look before the purge",
-            Object::Manifest,
-            Setting::Off,
-            Without { last_mark: true, ..nothing },
-            true,
-        ),
-        (
-            "telling the registry again after the drain",
-            Object::Child,
-            Setting::Probe,
-            Without { gate: true, ..nothing },
-            true,
-        ),
-        // These two only make what is in use come back sooner: the looks that follow find it as well.
-        (
-            "the look right after the bytes moved",
-            Object::Layer,
-            Setting::Probe,
-            Without { second_look: true, ..nothing },
-            false,
-        ),
-        (
-            "minding links that were written late",
-            Object::Layer,
-            Setting::Probe,
-            Without { late_writes: true, ..nothing },
-            false,
-        ),
-    ];
-    let all = [
-        (Object::Layer, Setting::Off),
-        (Object::Layer, Setting::Probe),
-        (Object::Layer, Setting::Stop),
-        (Object::Manifest, Setting::Off),
-        (Object::Child, Setting::Off),
-        (Object::Child, Setting::Probe),
-    ];
-    let (lacking, whole) = std::thread::scope(|scope| {
-        let lacking = cases
-            .map(|(_, object, setting, without, _)| scope.spawn(move || check(object, setting, without)));
-        let whole = all.map(|(object, setting)| scope.spawn(move || check(object, setting, nothing)));
-        (lacking.map(|thread| thread.join().unwrap()), whole.map(|thread| thread.join().unwrap()))
-    });
-    for ((what, object, setting, _, is_needed), (states, loss)) in cases.into_iter().zip(lacking) {
-        writeln!(text, "\n### {object:?}, {}, without {what}\n", name(setting)).unwrap();
-        assert_eq!(loss.is_some(), is_needed, "{object:?} without {what}: {loss:#?}");
-        match loss {
-            Some((trace, loss)) => {
-                for (at, step) in trace.iter().enumerate() {
-                    writeln!(text, "{}. {step}", at + 1).unwrap();
-                }
-                writeln!(text, "\nThe push was acknowledged, and {loss}.").unwrap();
-            }
-            None => {
-                writeln!(text, "No loss in {states} states: what it finds, a later look finds, too.").unwrap()
-            }
-        }
+    let mut models: Vec<Model> = ALL.map(|(object, setting)| Model::new(object, setting)).into();
+    for setting in [Setting::Probe, Setting::Off] {
+        models.push(Model { without: None, ..Rule::Dangling.model(Object::Layer, setting) });
     }
-    text += "\n## All of them\n\n| what goes | registry | states | losses |\n|---|---|--:|--:|\n";
-    for ((object, setting), (states, loss)) in all.into_iter().zip(whole) {
-        assert!(loss.is_none(), "{object:?}, {setting:?}: {loss:#?}");
-        writeln!(text, "| {object:?} | {} | {states} | 0 |", name(setting)).unwrap();
+    for (rule, _) in Rule::ALL {
+        let all = ALL.into_iter().filter(|(object, setting)| rule.applies(*object, *setting));
+        models.extend(all.map(|(object, setting)| rule.model(object, setting)));
     }
+    let found: Vec<(Model, Found)> = models.iter().copied().zip(check_all(&models)).collect();
+    let mut text = [INTRODUCTION, LEFT_OUT].concat();
+    text += "| without |";
+    ALL.iter().for_each(|(object, setting)| text += &format!(" {object:?}, {} |", name(*setting)));
+    text += &format!("\n|---|{}\n", "--:|".repeat(ALL.len()));
+    let mut traces = String::new();
+    for (rule, worst) in Rule::ALL {
+        let of_rule =
+            || found.iter().filter(|(model, _)| model.without == Some(rule)).map(|(_, f)| f.worst());
+        let is = |what| of_rule().any(|worst| worst == what);
+        let really = [Worst::Lost, Worst::Broken].into_iter().find(|what| is(*what));
+        assert_eq!(really.unwrap_or(Worst::Nothing), worst, "without {}", rule.text());
+        let (line, trace) = row(rule, &found);
+        text += &(line + "\n");
+        traces += &trace;
+    }
+    text += &whole(&found);
+    text += "\n## Each step, left out\n";
+    text += &traces;
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/protocol.md");
     if std::env::var_os("REGFS_WRITE_DOCS").is_some() {
         std::fs::write(&path, &text).unwrap();
