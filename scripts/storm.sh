@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Lets clients push, delete and pull as fast as they can while a collector runs, and says what came of it.
 #
-# Usage: scripts/storm.sh [-s SECONDS] [-c on|off|both] [-w COLLECTOR,…] [-k SECONDS] [-r] [-d] [-n SEED]
+# Usage: scripts/storm.sh [-s SECONDS] [-c on|off|both] [-w COLLECTOR,…] [-k SECONDS] [-r] [-d] [-g] [-n SEED]
 #   -s  how long each storm lasts (60)
 #   -c  the registry's descriptor cache (both)
 #   -w  who collects: regfs, stock, optimistic (takes and frees at once), none (regfs)
 #   -k  kill regfs with SIGKILL so often, and mount again
 #   -r  restart the registry in the middle
 #   -d  leave regfs down for half of the time
+#   -g  with regfs mount --guard
 #   -n  the seed of what the clients do (1)
 # Needs root, FUSE and docker-registry. Fails when an image is lost beside regfs.
 set -euo pipefail
@@ -17,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 cache=both collectors=regfs
 export STORM_SECONDS=60 STORM_SEED=1
-while getopts s:c:w:k:rdn:h option; do
+while getopts s:c:w:k:rdgn:h option; do
     case $option in
         s) STORM_SECONDS=$OPTARG ;;
         c) cache=$OPTARG ;;
@@ -25,9 +26,10 @@ while getopts s:c:w:k:rdn:h option; do
         k) export STORM_KILL_EVERY=$OPTARG ;;
         r) export STORM_RESTART=yes ;;
         d) export STORM_DOWN=yes ;;
+        g) export STORM_GUARD=yes ;;
         n) STORM_SEED=$OPTARG ;;
         h)
-            sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+            sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
             exit
             ;;
         *) fail "see -h" ;;

@@ -39,6 +39,8 @@ pub struct Tables {
     pub known: Arc<Manifests>,
     /// How many threads look at the store.
     pub threads: NonZeroUsize,
+    /// Nobody said how many threads, so a sweep beside a registry may take one, and its time.
+    pub is_patient: bool,
 }
 
 /// So many threads wait for a cold disk at once, 2.5 times as quick as two; with everything in memory they cost nothing.
@@ -48,7 +50,11 @@ impl Tables {
     /// Nothing known; as many threads as given, else [`MANY_THREADS`], or one for each processor if that is more.
     pub fn new(threads: Option<NonZeroUsize>) -> Tables {
         let processors = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        Tables { threads: threads.unwrap_or_else(|| processors().max(MANY_THREADS)), ..Tables::default() }
+        Tables {
+            threads: threads.unwrap_or_else(|| processors().max(MANY_THREADS)),
+            is_patient: threads.is_none(),
+            ..Tables::default()
+        }
     }
 }
 
@@ -60,6 +66,7 @@ impl Default for Tables {
             names: Arc::default(),
             known: Arc::default(),
             threads: NonZeroUsize::MIN,
+            is_patient: false,
         }
     }
 }

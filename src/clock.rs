@@ -33,11 +33,15 @@ impl Moment {
         humantime::parse_rfc3339(&self.time).unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
-    /// At least so long before `now`: what a wait is measured by. Of an earlier boot only the time since this one counts,
-    /// and what lies ahead is no time ago.
+    /// At least so long before `now`: what a wait is measured by. Of another boot only the time since this one counts, and
+    /// no more than the wall clock says: it may be that of another machine, or of a container with a boot of its own.
     pub fn elapsed(&self, now: &Moment) -> Duration {
-        let before = if self.boot == now.boot { self.up_ms } else { 0 };
-        Duration::from_millis(now.up_ms.saturating_sub(before))
+        if self.boot == now.boot {
+            return Duration::from_millis(now.up_ms.saturating_sub(self.up_ms));
+        }
+        let up = Duration::from_millis(now.up_ms);
+        // A clock that was set back says nothing.
+        now.wall().duration_since(self.wall()).map_or(up, |wall| wall.min(up))
     }
 
     /// So long before `now`: what ages of days are measured by, across boots by the wall clock.
@@ -45,7 +49,7 @@ impl Moment {
         let elapsed = self.elapsed(now);
         match self.boot == now.boot {
             true => elapsed,
-            false => now.wall().duration_since(self.wall()).unwrap_or_default().max(elapsed),
+            false => now.wall().duration_since(self.wall()).unwrap_or(elapsed),
         }
     }
 }
@@ -76,6 +80,12 @@ mod tests {
         let then = moment("2026-01-01T00:00:00.000Z", "a", 100_000);
         let now = moment("2026-01-02T00:00:00.000Z", "b", 30);
         assert_eq!((then.elapsed(&now), then.age(&now)), (SECOND * 30, SECOND * 86_400));
+        let soon = moment("2026-01-01T00:00:05.000Z", "b", 1_000_000);
+        assert_eq!(
+            (then.elapsed(&soon), then.age(&soon)),
+            (SECOND * 5, SECOND * 5),
+            "no reboot took that little"
+        );
         let set_back = moment("2025-01-01T00:00:00.000Z", "b", 30);
         assert_eq!(then.age(&set_back), SECOND * 30);
     }

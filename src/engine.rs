@@ -11,12 +11,14 @@
 //! `changing` is held by a refresh and by a change of our own (order: `changing`, then the lock of the store, then
 //! `watch`, then `current`). A collection holds only the lock of the store, so that everything else goes on meanwhile.
 
+pub mod forgetting;
 pub mod fresh;
 mod guarding;
 mod journal;
 mod remove;
 mod retag;
 pub mod schedule;
+mod status;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -41,14 +43,12 @@ use crate::view::control::{self, GcCommand, TrashCommand};
 use crate::view::node::Node;
 use crate::view::{Settings, Snapshot, View};
 use crate::watch::Watch;
+use forgetting::Forget;
 use fresh::Listener;
 use guarding::Guarded;
 use journal::Journal;
 use remove::Open;
-use schedule::Forget;
 
-/// The priority of a run that nobody waits for (nice(2)).
-const LEAST_PRIORITY: i32 = 19;
 /// So many manifests take longer to read than to find in the cache.
 const WORTH_KEEPING: usize = 5_000;
 /// How long a change waits for another regfs.
@@ -97,6 +97,15 @@ struct Looked {
     cost: Duration,
 }
 
+/// The last sweep.
+#[derive(Clone)]
+struct Sweep {
+    /// When it looked.
+    looked_at: SystemTime,
+    /// How much garbage it left how far on its way out.
+    totals: Vec<state::Total>,
+}
+
 /// What control files read like.
 struct Reports {
     gc: String,
@@ -105,54 +114,11 @@ struct Reports {
     last_error: Option<String>,
     /// So many sweeps have ended.
     sweeps: usize,
-    /// What the last sweep relied on, and how much garbage it left how far on its way out.
-    sweep: Option<(Gate, Vec<state::Total>)>,
+    /// What a sweep relies on, as far as it is known.
+    gate: Option<Gate>,
+    sweep: Option<Sweep>,
     /// When the next one begins by itself.
     next_sweep: Option<SystemTime>,
-}
-
-/// What `control/status` says.
-#[derive(serde::Serialize)]
-struct Status {
-    /// `idle` or `running`: a collection.
-    state: &'static str,
-    /// What it is doing, how much of that is done, and of how much; 0 where that is not known.
-    phase: &'static str,
-    done: usize,
-    total: usize,
-    /// Bytes dealt with in this phase.
-    bytes: u64,
-    /// When the run began, RFC 3339, and how long ago that was; `null` when none runs.
-    started_at: Option<String>,
-    elapsed_seconds: Option<f64>,
-    /// How long this phase may yet take; `null` where that is not known.
-    eta_seconds: Option<f64>,
-    last_error: Option<String>,
-    pid: u32,
-    version: &'static str,
-    store: String,
-    read_only: bool,
-    repositories: usize,
-    manifests: usize,
-    blobs: usize,
-    problems: usize,
-    transactions: usize,
-    /// What the last sweep of this mount relied on: `stopped`, `off`, `probe` or `stop`, and the same for people; `null`
-    /// before the first.
-    gate: Option<&'static str>,
-    gate_reason: Option<String>,
-    /// How much garbage it left how far on its way out.
-    garbage: Vec<state::Total>,
-    /// When the next one begins by itself, RFC 3339; `null` where none does.
-    next_sweep: Option<String>,
-    /// What `--guard` has done; `null` without.
-    guard: Option<Guarded>,
-    /// `events`: the kernel tells of changes; `looks`: the storage is looked at when somebody looks here.
-    freshness: &'static str,
-    /// When the storage was last found changed, RFC 3339.
-    looked_at: String,
-    /// How long the last look took.
-    look_seconds: f64,
 }
 
 /// The collection that runs.
@@ -222,6 +188,7 @@ impl Engine {
                 refresh: "write anything to look at the storage now\n".to_string(),
                 last_error: None,
                 sweeps: 0,
+                gate: None,
                 sweep: None,
                 next_sweep: None,
             }),
@@ -307,13 +274,8 @@ impl Engine {
         if self.settings.read_only {
             return (catalog, Some(0));
         }
-        // Whoever has the lock may have looked before the push; it is our turn when they are done, but for what is urgent.
-        let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else {
-            if let Err(e) = self.make_new_ones_whole(&catalog) {
-                self.failed(&format!("could not give back what is in use again: {e}"));
-            }
-            return (catalog, None);
-        };
+        // Whoever has the lock may have looked before the push; it is our turn when they are done.
+        let Ok(_lock) = self.store.lock("regfs mount", Duration::ZERO) else { return (catalog, None) };
         let look = |previous: &Catalog| Ok(scan(&*self.store, &self.tables, Some(previous)));
         match give_back::give_back(&*self.store, catalog.clone(), &look) {
             Ok((catalog, restored)) => {
@@ -369,15 +331,24 @@ impl Engine {
 
     /// Whether commands can be written to a control file.
     pub fn is_command(&self, node: Node) -> bool {
-        matches!(node, Node::ControlGc | Node::ControlTrash | Node::ControlRefresh)
+        matches!(node, Node::ControlGc | Node::ControlTrash | Node::ControlRefresh | Node::ControlStop)
     }
 
     /// What a control file reads like; `None` for other nodes.
     pub fn control_text(&self, node: Node) -> Option<Arc<[u8]>> {
         let text = match node {
-            Node::ControlGc => locked(&self.reports).gc.clone(),
+            Node::ControlGc => {
+                let report = locked(&self.reports).gc.clone();
+                match self.run.is_running.load(Ordering::SeqCst) {
+                    true => format!(
+                        "a collection runs; control/status says how far it is, and echo > control/stop ends it\n\n{report}"
+                    ),
+                    false => report,
+                }
+            }
             Node::ControlTrash => self.trash_text(),
             Node::ControlRefresh => locked(&self.reports).refresh.clone(),
+            Node::ControlStop => "write anything to end the collection that runs\n".to_string(),
             Node::ControlStatus => self.status(),
             Node::ControlLog => locked(&self.journal).text(),
             _ => return None,
@@ -396,8 +367,11 @@ impl Engine {
     /// A line for each blob on its way out: where it stands, since when, and from when on a run takes the next step.
     fn states(&self, snapshot: &Snapshot) -> String {
         // Who reads this must not wait for a registry: what the last sweep was told counts.
-        let gate = locked(&self.reports).sweep.as_ref().map_or(Gate::Off, |(gate, _)| gate.clone());
-        match self.view(snapshot).standings(gate) {
+        let (gate, swept_at) = {
+            let reports = locked(&self.reports);
+            (reports.gate.clone().unwrap_or(Gate::Off), reports.sweep.as_ref().map(|sweep| sweep.looked_at))
+        };
+        match self.view(snapshot).standings(gate, swept_at) {
             Ok(standings) => state::table(&standings),
             Err(e) => format!("{e}\n"),
         }
@@ -414,47 +388,6 @@ impl Engine {
         }
     }
 
-    fn status(&self) -> String {
-        let snapshot = self.current();
-        let is_running = self.run.is_running.load(Ordering::Relaxed);
-        let cost = locked(&self.looked).cost;
-        let run = is_running.then(|| self.run.watched.look());
-        let (sweep, next_sweep) = {
-            let reports = locked(&self.reports);
-            (reports.sweep.clone(), reports.next_sweep)
-        };
-        let status = Status {
-            state: if is_running { "running" } else { "idle" },
-            phase: run.map_or("", |r| r.phase),
-            done: run.map_or(0, |r| r.done),
-            total: run.map_or(0, |r| r.total),
-            bytes: run.map_or(0, |r| r.bytes),
-            started_at: run.map(|r| timestamp(r.started_at)),
-            elapsed_seconds: run.map(|r| r.elapsed.as_secs_f64()),
-            eta_seconds: run.and_then(|r| r.eta).map(|eta| eta.as_secs_f64()),
-            last_error: locked(&self.reports).last_error.clone(),
-            pid: std::process::id(),
-            version: env!("CARGO_PKG_VERSION"),
-            store: self.store.full(std::path::Path::new("")).display().to_string(),
-            read_only: self.settings.read_only,
-            repositories: snapshot.catalog.repositories.len(),
-            manifests: snapshot.catalog.manifests.len(),
-            blobs: snapshot.catalog.blobs.len(),
-            problems: snapshot.catalog.problems.len(),
-            transactions: snapshot.trash.len(),
-            gate: sweep.as_ref().map(|(gate, _)| gate.word()),
-            gate_reason: sweep.as_ref().map(|(gate, _)| gate.to_string()),
-            garbage: sweep.map_or_else(Vec::new, |(_, totals)| totals),
-            next_sweep: next_sweep.map(timestamp),
-            guard: locked(&self.guarded).clone(),
-            freshness: if self.is_watching() { "events" } else { "looks" },
-            looked_at: timestamp(snapshot.catalog.scanned_at),
-            look_seconds: cost.as_secs_f64(),
-        };
-        // Pretty-printing a value made here can't fail.
-        serde_json::to_string_pretty(&status).unwrap_or_default() + "\n"
-    }
-
     /// Does what was written to a control file; returns when it is done, or at once where that was asked for.
     pub fn command(self: &Arc<Engine>, node: Node, text: &str, author: &Author) -> Result<()> {
         let result = match node {
@@ -465,6 +398,9 @@ impl Engine {
                 Ok(())
             }
             Node::ControlGc => self.gc_command(text, author),
+            // Who waits for a collection keeps others from writing to control/gc, stop included: the kernel lets one write
+            // to a file at a time.
+            Node::ControlStop => self.stop(author),
             Node::ControlTrash => self.trash_command(text, author),
             _ => Err(Error::ReadOnly),
         };
@@ -493,45 +429,47 @@ impl Engine {
         Options { grace, drain, keep, rate, ..Options::default() }
     }
 
+    /// Ends the collection that runs, after its current step.
+    fn stop(&self, author: &Author) -> Result<()> {
+        if !self.run.is_running.load(Ordering::SeqCst) {
+            return Err(Error::invalid("no collection is running, so there is none to stop"));
+        }
+        self.run.watched.stop();
+        self.note(author, "command", "stop", "the collection ends after its current step");
+        Ok(())
+    }
+
     fn gc_command(self: &Arc<Engine>, text: &str, author: &Author) -> Result<()> {
         let defaults = self.defaults();
         match control::parse_gc(text, &defaults)? {
-            GcCommand::Stop => {
-                if !self.run.is_running.load(Ordering::SeqCst) {
-                    return Err(Error::invalid("no collection is running, so there is none to stop"));
-                }
-                self.run.watched.stop();
-                self.note(author, "command", "stop", "the collection ends after its current step");
-                Ok(())
-            }
+            GcCommand::Stop => self.stop(author),
             GcCommand::Run(options, said, background) => {
                 if self.run.is_running.swap(true, Ordering::SeqCst) {
                     let why = "a collection is running; see control/status, or write stop".to_string();
                     return Err(Error::Busy { why });
                 }
                 self.run.watched.begin();
-                if !background {
-                    return self.collect(options, said, author);
-                }
                 let (engine, author) = (self.clone(), author.clone());
+                // On a thread of its own, whose priority nothing else has.
                 let run = move || {
-                    // Nobody waits for it: clients of the registry come first.
-                    if let Err(e) = rustix::process::setpriority_process(None, LEAST_PRIORITY) {
-                        log::debug!("could not lower the priority of the collection: {e}");
-                    }
-                    if let Err(e) = engine.collect(options, said, &author) {
-                        engine.failed(&e.to_string());
+                    let result = engine.collect(options, said, &author);
+                    if let Err(e) = &result {
+                        if background {
+                            engine.failed(&e.to_string());
+                        }
                         if !matches!(e, Error::Unfinished { .. }) {
                             locked(&engine.reports).gc = format!("{e}\n");
                         }
                     }
+                    result
                 };
-                let spawned = std::thread::Builder::new().name("collection".into()).spawn(run);
-                if let Err(e) = spawned {
-                    self.run.is_running.store(false, Ordering::SeqCst);
-                    return Err(Error::io("start a thread for", std::path::Path::new("control/gc"), e));
-                }
-                Ok(())
+                let collection =
+                    std::thread::Builder::new().name("collection".into()).spawn(run).map_err(|e| {
+                        self.run.is_running.store(false, Ordering::SeqCst);
+                        Error::io("start a thread for", std::path::Path::new("control/gc"), e)
+                    })?;
+                let wait = || collection.join().unwrap_or(Err(Error::Unfinished { see: "control/log" }));
+                if background { Ok(()) } else { wait() }
             }
         }
     }
@@ -544,6 +482,7 @@ impl Engine {
             gate => gate?,
         };
         let options = &Options { gate, named: self.named.clone(), ..options };
+        gc::yield_to_clients(options);
         self.run.tells_nobody.store(!matches!(options.gate, Gate::Probe(_)), Ordering::SeqCst);
         let result = gc::run(&*self.store, &self.tables, options, author, &self.run.watched);
         if !options.dry_run {
@@ -553,7 +492,8 @@ impl Engine {
         if !options.dry_run {
             let mut reports = locked(&self.reports);
             reports.sweeps += 1;
-            reports.sweep = Some((options.gate.clone(), report.states.clone()));
+            reports.gate = Some(report.gate().clone());
+            reports.sweep = Some(Sweep { looked_at: report.started_at, totals: report.states.clone() });
         }
         let what = report.outcome();
         let action = if options.dry_run { "dry-run" } else { "sweep" };
@@ -580,8 +520,9 @@ impl Engine {
                 let undone = gc::undo(&*self.store, author, &id)?;
                 ("undo", id.clone(), undone.text(&id), undone.missing.is_empty())
             }
-            TrashCommand::Purge(selection) => {
-                let purged = gc::purge_trash(&*self.store, &self.tables, author, &selection)?;
+            TrashCommand::Purge(selection, said) => {
+                let gate = self.registries.gate(said)?;
+                let purged = gc::purge_trash(&*self.store, &self.tables, author, &selection, &gate)?;
                 ("purge", purged.transactions.join(" "), purged.text(), purged.failures.is_empty())
             }
         };
@@ -607,6 +548,10 @@ impl Engine {
         let mut changing = locked(&self.changing);
         // What was being filled may be gone.
         *changing = None;
+        if self.is_watching() {
+            // What has moved was told by now.
+            return self.refresh(&mut changing);
+        }
         let before = self.current();
         let catalog = scan(&*self.store, &self.tables, Some(&before.catalog));
         self.publish(catalog, self.transactions(), &[]);

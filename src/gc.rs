@@ -5,7 +5,8 @@
 //! # Rules kept here
 //! 1. Unknown means reachable; a failing call ends the run before the first change ([`crate::catalog`]).
 //! 2. Every decision is in the [`plan::Plan`], a value; a dry run prints it, a sweep executes the same.
-//! 3. Before anything is taken the store is looked at again, and what is no longer garbage is left; after it once
+//! 3. The first look needs no lock, and beside a registry takes its time ([`crate::store::resting`]). Before anything is
+//!    taken the store is looked at again, with the lock, and what is no longer garbage is left; after it once
 //!    more, and what a push relies on by then is given back before anything is purged.
 //! 4. Taking is moving to the trash, in the order tag → revision → layer link → blob with a sync between the steps,
 //!    so that the registry is valid at every instant; then the rest of the leftovers. Only a purge removes bytes; a
@@ -13,7 +14,7 @@
 //! 5. What a manifest names again is given back before anything else ([`mod@give_back`]).
 //! 6. Unless it is said that no registry runs, blobs go in steps, a run for each ([`guard`]).
 
-pub mod dangling;
+pub mod forget;
 pub mod give_back;
 pub mod guard;
 pub mod leftovers;
@@ -26,6 +27,7 @@ pub mod report;
 pub mod sweep;
 pub mod why;
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -34,10 +36,13 @@ use crate::catalog::cache::{self, News, Place};
 use crate::catalog::scan::{Depth, scan_once, scan_strictly};
 use crate::catalog::{Catalog, Effect, Keeps, Tables};
 use crate::clock::Moment;
-use crate::error::{Error, Result};
+use crate::digest::Digest;
+use crate::error::{self, Error, Result};
+use crate::layout;
 pub use crate::progress::{Progress, Unwatched};
 use crate::store::Store;
 use crate::store::limited::Limited;
+use crate::store::resting::Resting;
 use crate::trash::purge::Purged;
 use crate::trash::undo::Undone;
 use crate::trash::{self, Author, Selection};
@@ -140,6 +145,18 @@ impl Options {
     }
 }
 
+/// The priority of a run beside a registry (nice(2)).
+const LEAST_PRIORITY: i32 = 19;
+
+/// Gives this thread, and those that it starts, the least priority if a registry may be running: its clients come first.
+pub fn yield_to_clients(options: &Options) {
+    if options.gate.is_beside()
+        && let Err(e) = rustix::process::setpriority_process(None, LEAST_PRIORITY)
+    {
+        log::debug!("could not lower the priority of the collection: {e}");
+    }
+}
+
 /// How long a run waits for another regfs that changes the store.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
@@ -155,10 +172,15 @@ pub fn run(
     author: &Author,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    match options.rate {
-        Some(rate) => collect(&Limited::new(store, rate), tables, options, author, progress),
-        None => collect(store, tables, options, author, progress),
-    }
+    let limited = options.rate.map(|rate| Limited::new(store, rate, progress));
+    let store: &dyn Store = limited.as_ref().map_or(store, |limited| limited);
+    // Clients of the registry come first.
+    let is_patient = options.gate.is_beside() && !options.dry_run && tables.is_patient;
+    let tables = match is_patient {
+        true => Tables { threads: NonZeroUsize::MIN, ..tables.clone() },
+        false => Tables { is_patient, ..tables.clone() },
+    };
+    collect(store, &tables, options, author, progress)
 }
 
 fn collect(
@@ -190,38 +212,58 @@ fn collect(
         report.set_states(store, &tables, policy.now)?;
         return Ok(report);
     }
-    let options = &options.settled()?;
-    let _lock = store.lock(&author.command, LOCK_WAIT)?;
+    let mut options = options.settled()?;
     // Before the look: what was under way then, it may not see.
-    let (look, policy) = (Moment::now(), Policy::new(options, SystemTime::now()));
+    let (look, now) = (Moment::now(), SystemTime::now());
     progress.phase("mark", 0);
-    let (catalog, restored) = give_back(store, &tables, links.as_ref(), options)?;
-    save_cache(store, options, &catalog, links.as_ref());
-    drop(links);
-    progress.phase("plan", 0);
-    let plan = Plan::new(store, &catalog, &policy)?;
-
+    let first;
+    let plan = {
+        // By far the longest part; others may change the store meanwhile, as pushes do.
+        let resting = Resting::new(store, progress);
+        let store: &dyn Store = if tables.is_patient { &resting } else { store };
+        first = judged(scan_strictly(store, &tables, links.as_ref())?, &options);
+        progress.phase("plan", 0);
+        Plan::new(store, &first, &Policy::new(&options, now))?
+    };
+    if progress.is_stopped() {
+        return Err(stopped());
+    }
+    let _lock = store.lock(&author.command, LOCK_WAIT)?;
     progress.phase("re-check", 0);
-    let (catalog, restored_since) = give_back(store, &tables, Some(&catalog), options)?;
+    let (mut catalog, mut restored) = give_back(store, &tables, Some(&first), &options)?;
+    drop(first);
+    save_cache(store, &options, &catalog, links.as_ref());
+    drop(links);
+    options.gate = options.gate.verified(store, &catalog);
+    let options = &options;
+    let policy = Policy::new(options, now);
+    let mut plan = plan;
+    if !restored.is_empty() {
+        // With what came back something else may be garbage, which takes two looks as well.
+        plan = Plan::new(store, &catalog, &policy)?;
+        let (again, more) = give_back(store, &tables, Some(&catalog), options)?;
+        catalog = again;
+        restored.extend(more);
+    }
     let plan = plan.confirmed(store, &catalog, &policy)?;
     if progress.is_stopped() {
-        return Err(Error::Busy { why: "stopped before the first change".to_string() });
+        return Err(stopped());
     }
     let mut report;
     if options.gate.is_beside() {
-        guard::go_on(store)?;
+        let unclear = guard::go_on(store)?;
         let round = Round { store, catalog: &catalog, options, policy: &policy, look: &look };
         let course = round.decide(plan)?;
         let plan = Arc::new(course.plan.clone());
         report = Report::new(store, Mode::Sweep, options, policy.now, &catalog, plan)?;
         report.set_taken(round.act(&course, author, progress)?);
+        report.failures.extend(unclear);
     } else {
         let plan = Arc::new(plan);
         report = Report::new(store, Mode::Sweep, options, policy.now, &catalog, plan.clone())?;
         report.set_taken(sweep::take(store, &catalog, &plan, options, author, progress)?);
     }
     report.set_restored(&restored);
-    report.set_restored(&restored_since);
 
     // Things were taken by now: whatever fails from here on belongs into the report of that.
     if let Err(e) = finish(store, &tables, &catalog, options, &policy, &look, progress, &mut report) {
@@ -229,6 +271,10 @@ fn collect(
     }
     report.finished_at = SystemTime::now();
     Ok(report)
+}
+
+fn stopped() -> Error {
+    Error::Busy { why: "stopped before the first change".to_string() }
 }
 
 /// What a dry run has to look at.
@@ -255,39 +301,75 @@ pub fn undo(store: &dyn Store, author: &Author, id: &str) -> Result<Undone> {
     trash::undo::undo(store, id)
 }
 
-/// Purges transactions of the trash, after giving back what a manifest names again.
+/// Purges transactions of the trash, after giving back what a manifest names again. What a registry may rely on, going by
+/// `gate`, stays.
 pub fn purge_trash(
     store: &dyn Store,
     tables: &Tables,
     author: &Author,
     selection: &Selection,
+    gate: &Gate,
 ) -> Result<Purged> {
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
     let look = Moment::now();
     let (_, restored) = give_back(store, tables, None, &Options::default())?;
-    let doomed = selection.of(store, SystemTime::now())?;
-    let (doomed, kept) = purgeable(store, doomed, &look, Duration::ZERO)?;
+    let (mut doomed, mut kept) = (Vec::new(), Vec::new());
+    for id in selection.of(store, SystemTime::now())? {
+        let transaction = trash::read(store, &id)?;
+        let why = match gate {
+            Gate::Stopped => None,
+            _ => transaction
+                .is_waiting(&look, Duration::ZERO)
+                .or_else(|| guard::is_remembered(&transaction, gate)),
+        };
+        match why {
+            None => doomed.push(id),
+            Some(why) => kept.push(format!("{id}: {why}")),
+        }
+    }
     let mut purged = trash::purge::purge(store, &doomed, &Unwatched)?;
     purged.kept.extend(kept);
     Ok(Purged { restored, ..purged })
 }
 
-/// Those of the transactions `ids` that a sweep beside a registry has done with, and why others stay; `look` is when the
-/// look began that found nothing of them in use.
-fn purgeable(
-    store: &dyn Store,
-    ids: Vec<String>,
-    look: &Moment,
-    keep: Duration,
-) -> Result<(Vec<String>, Vec<String>)> {
-    let (mut doomed, mut kept) = (Vec::new(), Vec::new());
+/// The blobs in transactions of the trash.
+fn blobs_in(store: &dyn Store, ids: &[String]) -> Result<Vec<Digest>> {
+    let mut blobs = Vec::new();
     for id in ids {
-        match trash::read(store, &id)?.is_waiting(look, keep) {
-            None => doomed.push(id),
-            Some(why) => kept.push(format!("{id}: {why}")),
-        }
+        let files = trash::read(store, id)?.files;
+        blobs.extend(files.iter().filter_map(|path| match layout::classify(path) {
+            layout::Kind::Blob(digest) => Some(digest),
+            _ => None,
+        }));
     }
-    Ok((doomed, kept))
+    Ok(blobs)
+}
+
+/// The transactions that a run purges by itself: what has been in the trash for `keep`, and no registry may rely on.
+/// `look` is when the look began that found nothing of them in use.
+fn over_age(store: &dyn Store, options: &Options, now: SystemTime, look: &Moment) -> Result<Vec<String>> {
+    let old = Selection::Older(options.keep).of(store, now)?;
+    let (mut doomed, mut stay) = (Vec::new(), Vec::new());
+    for transaction in trash::contents(store)? {
+        let is_over = match &transaction.stage {
+            _ if !options.gate.is_beside() => old.contains(&transaction.id),
+            Some(_) => transaction.is_waiting(look, options.keep).is_none(),
+            None if !old.contains(&transaction.id) => false,
+            None => match guard::is_remembered(&transaction, &options.gate) {
+                None => true,
+                Some(why) => {
+                    stay.push(why);
+                    false
+                }
+            },
+        };
+        doomed.extend(is_over.then_some(transaction.id));
+    }
+    if let Some(why) = stay.first() {
+        let what = error::count(stay.len(), "transaction");
+        log::warn!("{what} of the trash older than keep, and what their undo needs, stay: {why}");
+    }
+    Ok(doomed)
 }
 
 /// Looks at the store, at what changed if there is a `previous` look, and gives back what is in use again; the catalog
@@ -341,13 +423,8 @@ fn finish(
     }
     let left = trash::ids(store)?;
     let own = report.transaction.clone().filter(|id| left.contains(id));
-    let mut doomed = Selection::Older(options.keep).of(store, policy.now)?;
+    let mut doomed = over_age(store, options, policy.now, look)?;
     doomed.retain(|id| Some(id) != own.as_ref());
-    if options.gate.is_beside() {
-        doomed = purgeable(store, doomed, look, options.keep)?.0;
-        // A registry may remember what rm took; as long as that is in the trash, it comes back when it is used.
-        doomed.retain(|id| trash::is_swept(id) || !matches!(options.gate, Gate::Stop { .. }));
-    }
     if let Some(own) = own.filter(|_| options.now) {
         let ended = trash::purge::undone_only_with(store, &own)?;
         report.dropped_transactions = ended.clone();
@@ -357,8 +434,13 @@ fn finish(
         doomed.dedup();
     }
     if !doomed.is_empty() {
+        let blobs = blobs_in(store, &doomed)?;
         let purged = trash::purge::purge(store, &doomed, progress)?;
         report.set_purged(purged, options.now);
+        for blob in blobs {
+            // Without it, a link to the blob is seen to be one without bytes.
+            leftovers::remove_old_directory(store, &layout::blob_dir(&blob), policy)?;
+        }
     }
     report.set_states(store, tables, look.wall())
 }

@@ -293,6 +293,14 @@ pub fn opened_revision(path: &Path) -> Option<(PathBuf, Digest)> {
     }
 }
 
+/// The digest of the layer link whose directory this is: `repositories/<name>/_layers/<alg>/<hex>`.
+pub fn link_below(directory: &Path) -> Option<Digest> {
+    match classify(&directory.join(LINK)) {
+        Kind::LayerLink(_, digest) => Some(digest),
+        _ => None,
+    }
+}
+
 /// Whether all of `name` may be the name of a repository, or the start of one.
 pub fn is_name(name: &Path) -> bool {
     name.components().all(|c| is_name_component(c.as_os_str()))

@@ -10,6 +10,7 @@
 pub mod http;
 mod processes;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -80,6 +81,25 @@ impl Known {
         if !facts.is_empty() && facts.iter().all(|facts| !facts.remembers) {
             return Ok(Gate::Off);
         }
+        let doubts: Vec<String> = running.iter().filter_map(Process::doubt).collect();
+        if self.urls.is_empty() && !doubts.is_empty() {
+            return Ok(Gate::Stop { why: doubts.join("; ") });
+        }
+        if !self.urls.is_empty() && running.len() > self.urls.len() {
+            let all: Vec<String> =
+                running.iter().map(|process| format!("{process} {}", process.relation())).collect();
+            let why = format!(
+                "more registries run here than are named with --registry; name each that serves this storage, or end it ({})",
+                all.join("; ")
+            );
+            return Ok(Gate::Stop { why });
+        }
+        if facts.iter().any(|facts| facts.refuses_delete) {
+            let why = "the registry remembers and does not delete; storage.delete.enabled: true in its config.yml makes it, or stop \
+                       it and say registry-stopped"
+                .to_string();
+            return Ok(Gate::Stop { why });
+        }
         Ok(match self.ask(facts) {
             Ok(client) => Gate::Probe(Probe(Arc::new(client))),
             Err(why) => Gate::Stop { why },
@@ -90,11 +110,23 @@ impl Known {
         self.root.as_deref().map_or(Ok(Vec::new()), processes::serving)
     }
 
+    /// Whether a config.yml names this storage; it may have been changed since the mount.
+    fn is_ours(&self, config: &StoreArgument) -> bool {
+        let identity = |path: &Path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+        let own = self.root.as_deref().and_then(identity);
+        own.is_some() && own == identity(&config.storage_root)
+    }
+
     /// What is known of each of them.
     fn facts(&self, running: &[Process]) -> Vec<Facts> {
         let of_config = |path: &PathBuf| match registry_config::resolve(path, &|name| std::env::var_os(name))
         {
-            Ok(config) => Facts::of(&config),
+            Ok(config) if self.is_ours(&config) => Facts::of(&config),
+            Ok(config) => {
+                let (path, root) = (path.display(), config.storage_root.display());
+                log::warn!("{path} names another storage by now ({root}), so it says nothing of this one");
+                Facts::unknown()
+            }
             Err(e) => {
                 log::warn!("{e}");
                 Facts::unknown()
@@ -120,16 +152,22 @@ impl Known {
             return Err(UNKNOWN.to_string());
         }
         let client = Client::new(&urls, self.credentials.clone());
-        let next = "give the registry's URL with --registry, or stop it and say registry-stopped";
+        let next = match self.urls.is_empty() {
+            true => "give the registry's URL with --registry, or stop it and say registry-stopped",
+            false => "mend that, or stop the registry and say registry-stopped",
+        };
         client.check().map_err(|e| format!("{e}; {next}"))?;
         Ok(client)
     }
 
-    /// The registries that are to forget what is removed; `None` where none remembers or none can be told.
-    pub fn rememberers(&self) -> Option<Client> {
-        let facts = self.facts(&self.running().ok()?);
+    /// The registries that are to forget what is removed; `None` where none remembers.
+    ///
+    /// # Errors
+    /// Why one that may remember can't be told.
+    pub fn rememberers(&self) -> std::result::Result<Option<Client>, String> {
+        let facts = self.facts(&self.running().map_err(|e| e.to_string())?);
         let may_remember = !self.urls.is_empty() || facts.iter().any(|facts| facts.remembers);
-        self.ask(facts).ok().filter(|_| may_remember)
+        may_remember.then(|| self.ask(facts)).transpose()
     }
 }
 

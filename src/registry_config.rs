@@ -40,10 +40,11 @@ const NOT_DRIVERS: [&str; 5] = ["maintenance", "cache", "delete", "redirect", "t
 
 /// Variables that we care for, in the order in which the registry applies them: by name, so the most
 /// specific one comes last and wins.
-const VARIABLES: [(&str, &[&str]); 9] = [
+const VARIABLES: [(&str, &[&str]); 10] = [
     ("REGISTRY_STORAGE", &[]),
     ("REGISTRY_STORAGE_CACHE", &["cache"]),
     ("REGISTRY_STORAGE_CACHE_BLOBDESCRIPTOR", &["cache", "blobdescriptor"]),
+    ("REGISTRY_STORAGE_CACHE_LAYERINFO", &["cache", "layerinfo"]),
     ("REGISTRY_STORAGE_DELETE", &["delete"]),
     ("REGISTRY_STORAGE_DELETE_ENABLED", &["delete", "enabled"]),
     ("REGISTRY_STORAGE_FILESYSTEM", &["filesystem"]),
@@ -139,7 +140,10 @@ fn from_config(mut source: Source, environment: &dyn Fn(&str) -> Option<OsString
             .filter(|kind| !kind.is_empty())
             .map(str::to_string),
         proxy: Some(
-            config.proxy.get("remoteurl").is_some() || environment("REGISTRY_PROXY_REMOTEURL").is_some(),
+            config.proxy.get("remoteurl").is_some()
+                || ["REGISTRY_PROXY", "REGISTRY_PROXY_REMOTEURL"]
+                    .into_iter()
+                    .any(|n| environment(n).is_some()),
         ),
         url: url(&config.http, environment),
         overridden_by: source.overridden_by,

@@ -11,6 +11,7 @@
 pub mod disk;
 pub mod limited;
 pub mod memory;
+pub mod resting;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;

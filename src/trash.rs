@@ -235,6 +235,10 @@ impl Contents {
             Some(Err(why)) => Some(format!("how far it has come can't be read ({why}); undo it")),
             Some(Ok(stage)) if stage.is_purgeable(look, keep) => None,
             Some(Ok(stage)) => Some(match stage.step() {
+                stage::Step::Fencing | stage::Step::Fenced if stage.blobs.is_empty() => {
+                    "a registry may remember what was removed; the sweep after the drain has it forgotten once more"
+                        .to_string()
+                }
                 stage::Step::Fencing | stage::Step::Fenced => {
                     "a sweep has begun to take it and goes on with the next one; its blobs are still in the store"
                         .to_string()

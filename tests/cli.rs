@@ -385,7 +385,7 @@ fn the_trash_is_listed_undone_and_purged() {
     // Too young for this.
     run(&["trash", root, "purge", "--older", "7d"]).exits(0);
     assert_eq!(transactions(store.root()), std::slice::from_ref(id));
-    run(&["trash", root, "purge", id]).exits(0);
+    run(&["trash", root, "purge", id, "--registry-stopped", "--force"]).exits(0);
     assert_eq!(transactions(store.root()), [""; 0]);
     run(&["trash", root, "undo", id]).exits(1);
     run(&["trash", root, "purge", "no-such-transaction"]).exits(1).says("no-such-transaction");
@@ -406,7 +406,7 @@ fn the_whole_trash_is_purged_only_on_request() {
         assert_eq!(transactions(store.root()), kept);
     }
     run(&["trash", text(store.root()), "purge"]).exits(2).says("--all");
-    run(&["trash", text(store.root()), "purge", "--all"]).exits(0);
+    run(&["trash", text(store.root()), "purge", "--all", "--registry-stopped", "--force"]).exits(0);
     assert_eq!(transactions(store.root()), [""; 0]);
     let left: Vec<PathBuf> =
         walk(&store.path(".regfs")).into_iter().filter(|path| path.ends_with("data")).collect();

@@ -186,7 +186,7 @@ fn a_sweep_and_a_purge_leave_what_a_fresh_registry_would_have() {
     // Once more, and for good.
     gc(&store, &arguments);
     live.assert_intact();
-    regfs(["trash"]).arg(&store).args(["purge", "--all"]).outcome().exits(0);
+    regfs(["trash"]).arg(&store).args(["purge", "--all", "--registry-stopped", "--force"]).outcome().exits(0);
     assert_eq!(transactions(&store), [""; 0]);
     live.assert_intact();
     let fresh = Registry::start();

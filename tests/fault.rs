@@ -11,7 +11,8 @@ mod memory;
 use std::collections::{BTreeSet, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use common::check::{blob_path, sha256, sha512};
@@ -22,9 +23,11 @@ use memory::{
     put_sha512_image, put_tag, registry, tag_history_link, tag_link, trash,
 };
 use regfs::catalog::Tables;
+use regfs::digest::Digest;
 use regfs::engine::Engine;
-use regfs::gc::guard::gate::Gate;
+use regfs::gc::guard::gate::{Gate, Probe, Registries};
 use regfs::gc::{self, DEFAULT_KEEP, Options, Unwatched};
+use regfs::layout;
 use regfs::store::Store;
 use regfs::store::memory::Memory;
 use regfs::trash::{Author, Selection};
@@ -58,7 +61,7 @@ fn undo(store: &dyn Store, id: &str) -> Result<(), String> {
 }
 
 fn purge(store: &dyn Store, selection: &Selection) -> Result<(), String> {
-    let purged = gc::purge_trash(store, &Tables::default(), &author(), selection);
+    let purged = gc::purge_trash(store, &Tables::default(), &author(), selection, &Gate::Stopped);
     match purged.map_err(|e| e.to_string())?.failures.as_slice() {
         [] => Ok(()),
         failures => Err(format!("{failures:?}")),
@@ -416,7 +419,9 @@ fn a_failing_purge_costs_no_undo_of_what_is_left() {
 
 #[test]
 fn a_failing_command_in_the_mount_is_reported_to_its_writer() {
-    check("control purge", Sort::Purges, &|store| command(store, Node::ControlTrash, "purge"));
+    check("control purge", Sort::Purges, &|store| {
+        command(store, Node::ControlTrash, "purge registry-stopped force")
+    });
 }
 
 #[test]
@@ -469,4 +474,129 @@ fn a_failing_sweep_beside_a_registry_goes_on_with_the_next_run() {
         assert_eq!(trash(&after), Default::default(), "{fault:?}: trash after the runs that follow");
     }
     println!("{} faults", faults.len());
+}
+
+/// A registry with a memory, which was asked for everything that it has, and may fail to answer once.
+struct Remembering {
+    store: Arc<Memory>,
+    known: Mutex<HashSet<(PathBuf, Digest)>>,
+    calls: AtomicUsize,
+    /// Which call fails, and whether it has done what it was told.
+    fails: Option<(usize, bool)>,
+}
+
+impl Remembering {
+    fn new(store: &Arc<Memory>, fails: Option<(usize, bool)>) -> Arc<Remembering> {
+        let claims = store.snapshot().into_keys().filter_map(|path| match layout::classify(&path) {
+            layout::Kind::LayerLink(repository, digest) => Some((repository, digest)),
+            _ => None,
+        });
+        let known = Mutex::new(claims.collect());
+        Arc::new(Remembering { store: store.clone(), known, calls: AtomicUsize::new(0), fails })
+    }
+
+    /// Does what it was told, unless it is the call that fails before that.
+    fn call<T>(&self, act: impl FnOnce() -> T) -> regfs::error::Result<T> {
+        let number = self.calls.fetch_add(1, SeqCst);
+        let fails = self.fails.filter(|(at, _)| *at == number);
+        let done = (fails.is_none_or(|(_, is_done)| is_done)).then(act);
+        let why = || regfs::error::Error::Busy { why: "no answer".to_string() };
+        done.filter(|_| fails.is_none()).ok_or_else(why)
+    }
+
+    fn has(&self, path: &Path) -> bool {
+        self.store.stat(path).unwrap().is_some()
+    }
+
+    /// What it would say "exists" of, and serve broken.
+    fn believes_wrongly(&self) -> Vec<(PathBuf, Digest)> {
+        let known = self.known.lock().unwrap();
+        let is_wrong = |(repository, digest): &&(PathBuf, Digest)| {
+            let link = layout::layer_link(repository, digest);
+            // A layer may be known by another digest than that of its bytes.
+            let content = self.store.read(&link, 4096).unwrap();
+            let target = content.and_then(|(text, _)| layout::parse_link(&text).ok());
+            !target.is_some_and(|target| self.has(&layout::blob_data(&target)))
+        };
+        known.iter().filter(is_wrong).cloned().collect()
+    }
+}
+
+impl Registries for Remembering {
+    fn name(&self) -> String {
+        "a test".to_string()
+    }
+
+    fn remembers(&self, repository: &Path, digest: &Digest) -> regfs::error::Result<bool> {
+        let place = (repository.to_path_buf(), *digest);
+        let is_served =
+            self.has(&layout::layer_link(repository, digest)) && self.has(&layout::blob_data(digest));
+        self.call(|| {
+            let mut known = self.known.lock().unwrap();
+            if is_served {
+                known.insert(place.clone());
+            }
+            known.contains(&place)
+        })
+    }
+
+    fn forget(&self, repository: &Path, digest: &Digest) -> regfs::error::Result<()> {
+        self.call(|| {
+            self.known.lock().unwrap().remove(&(repository.to_path_buf(), *digest));
+            assert!(self.store.remove(&[layout::layer_link(repository, digest)]).is_empty());
+        })
+    }
+
+    fn verify(&self, _: &dyn Store, _: &Path, _: Option<&Digest>) -> regfs::error::Result<()> {
+        Ok(())
+    }
+}
+
+/// Beside a registry that remembers: whatever fails, in the storage or of the registry, no image lacks anything, what was
+/// begun ends, and the registry believes in nothing that is gone.
+#[test]
+fn a_failing_sweep_beside_a_registry_that_remembers_leaves_it_nothing_wrong_to_believe() {
+    let fixture = Fixture::new();
+    let runs = |store: &dyn Store, registry: &Arc<Remembering>| {
+        let gate = Gate::Probe(Probe(registry.clone()));
+        let beside = Options { drain: Duration::ZERO, keep: Duration::ZERO, gate, ..options(false, false) };
+        (0..6).map(|_| sweep(store, &beside)).collect::<Vec<_>>()
+    };
+    let store = old_store(&fixture.before);
+    let clean = Faulty::new(store.clone(), Fault::Never, 0);
+    let registry = Remembering::new(&store, None);
+    assert_eq!(runs(&*clean, &registry), [const { Ok(()) }; 6]);
+    let expected = store.snapshot();
+    assert_eq!(trash(&expected), Default::default(), "six runs are enough");
+    let calls = registry.calls.load(SeqCst);
+    assert!(calls > 10, "only {calls} questions were asked");
+    let mut faults: Vec<(Fault, Option<(usize, bool)>)> =
+        (0..clean.changes()).map(|n| (Fault::DieAfter(n), None)).collect();
+    faults.extend((0..clean.calls().len()).step_by(29).map(|n| (Fault::GlitchAt(n), None)));
+    faults
+        .extend((0..calls).flat_map(|n| [(Fault::Never, Some((n, false))), (Fault::Never, Some((n, true)))]));
+    for (at, (fault, fails)) in faults.iter().enumerate() {
+        let what = format!("{fault:?}, call {fails:?} of the registry");
+        let store = old_store(&fixture.before);
+        let registry = Remembering::new(&store, *fails);
+        let faulty = Faulty::new(store.clone(), fault.clone(), ERRORS[at % ERRORS.len()]);
+        runs(&*faulty, &registry).into_iter().for_each(drop);
+        let lacks = Live::of(&store.snapshot()).lacks;
+        let known = Live::of(&fixture.before).lacks;
+        assert_eq!(lacks.difference(&known).next(), None, "{what}: live images lack");
+        for run in runs(&*store, &registry).into_iter().chain(runs(&*store, &registry)) {
+            run.unwrap_or_else(|e| panic!("{what}: a run after it: {e}"));
+        }
+        let after = store.snapshot();
+        assert_eq!(Live::of(&after).lacks, BTreeSet::new(), "{what}: after the runs that follow");
+        assert_eq!(blobs(&after), blobs(&expected), "{what}: garbage after the runs that follow");
+        assert_eq!(trash(&after), Default::default(), "{what}: trash after the runs that follow");
+        let wrong: Vec<_> = registry.believes_wrongly();
+        let before = Remembering::new(&old_store(&fixture.before), None).believes_wrongly();
+        assert!(
+            wrong.iter().all(|claim| before.contains(claim)),
+            "{what}: the registry believes in {wrong:?}"
+        );
+    }
+    println!("{} faults, {calls} calls of the registry", faults.len());
 }

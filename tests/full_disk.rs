@@ -227,7 +227,7 @@ fn a_purge_works_on_a_full_disk_and_makes_the_reserve_anew() {
         fs::remove_file(world.reserve()).unwrap();
         world.disk.fill();
         let free = world.disk.free_bytes();
-        world.trash(&["purge", "--all"]).exits(0);
+        world.trash(&["purge", "--all", "--registry-stopped", "--force"]).exits(0);
         let freed = world.disk.free_bytes() - free;
         assert!(freed > 0, "nothing freed on {}", world.disk.kind);
         assert_eq!(transactions(world.store.root()), [""; 0]);

@@ -45,7 +45,11 @@ fn swept(image: &Image) -> (Store, String, Live) {
 fn a_purge_gives_back_all_that_a_returned_manifest_names() {
     let (store, digest, live) = swept(&image("plain"));
     push_from_memory(&store, "1", &digest);
-    regfs(["trash"]).arg(store.root()).args(["purge", "--all"]).outcome().exits(0);
+    regfs(["trash"])
+        .arg(store.root())
+        .args(["purge", "--all", "--registry-stopped", "--force"])
+        .outcome()
+        .exits(0);
     live.assert_intact();
 }
 
@@ -53,7 +57,11 @@ fn a_purge_gives_back_all_that_a_returned_manifest_names() {
 fn a_purge_gives_back_all_that_a_returned_index_names() {
     let (store, digest, live) = swept(&Image::index(&[("amd64", &image("a")), ("arm64", &image("b"))]));
     push_from_memory(&store, "1", &digest);
-    regfs(["trash"]).arg(store.root()).args(["purge", "--all"]).outcome().exits(0);
+    regfs(["trash"])
+        .arg(store.root())
+        .args(["purge", "--all", "--registry-stopped", "--force"])
+        .outcome()
+        .exits(0);
     live.assert_intact();
 }
 
@@ -153,7 +161,11 @@ fn a_purge_keeps_what_the_undo_of_a_tag_needs() {
     let ids = transactions(store.root());
     let (oldest, newer) = ids.split_last().unwrap();
     for id in newer {
-        regfs(["trash"]).arg(store.root()).args(["purge", id]).outcome().exits(0);
+        regfs(["trash"])
+            .arg(store.root())
+            .args(["purge", id, "--registry-stopped", "--force"])
+            .outcome()
+            .exits(0);
     }
     regfs(["trash"]).arg(store.root()).args(["undo", oldest]).outcome().exits(0);
     let now = Live::of_repository(store.root(), APP);
@@ -201,7 +213,11 @@ fn a_grace_beyond_all_calendars_is_no_panic() {
 fn a_transaction_that_broke_off_at_its_description_can_be_purged() {
     let store = Store::new();
     put(&store.path(".regfs/trash/20200101-000000-rm/txn.json.tmp"), b"");
-    regfs(["trash"]).arg(store.root()).args(["purge", "--all"]).outcome().exits(0);
+    regfs(["trash"])
+        .arg(store.root())
+        .args(["purge", "--all", "--registry-stopped", "--force"])
+        .outcome()
+        .exits(0);
     assert!(transactions(store.root()).is_empty());
 }
 

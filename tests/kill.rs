@@ -291,7 +291,8 @@ impl Act {
                 assert_eq!(undone.missing, [], "{when}: the undo of {id} lacks something");
             }
             Act::Purge => {
-                let purged = gc::purge_trash(&*store, &Tables::default(), &author, &Selection::All);
+                let purged =
+                    gc::purge_trash(&*store, &Tables::default(), &author, &Selection::All, &Gate::Stopped);
                 let purged = purged.unwrap_or_else(|e| panic!("{when}: the purge: {e}"));
                 assert!(purged.failures.is_empty(), "{when}: the purge: {:?}", purged.failures);
             }

@@ -135,7 +135,8 @@ fn a_registry_that_runs_is_found_and_its_word_counts_only_if_it_is_its_own() {
         return;
     }
     for (cache, gate) in [(false, "off"), (true, "probe")] {
-        let (registry, _) = garbage(cache);
+        let (mut registry, _) = garbage(cache);
+        registry.alone();
         let found = step(&registry.store());
         assert_eq!(found.gate, gate, "by its process: {}", found.gate_reason);
         // To say that it is stopped is no way around it.
@@ -169,8 +170,9 @@ fn only_a_registry_that_serves_this_storage_is_believed() {
     let words = [&TIMES[..], &["--registry", &url]].concat();
     for _ in 0..3 {
         std::thread::sleep(A_STEP);
-        let outcome = regfs(["gc"]).arg(registry.store()).args(&words).outcome().exits(1);
-        outcome.says("stores somewhere else");
+        let report = gc_beside(&registry.store(), &words);
+        assert!(report.gate_reason.contains("stores somewhere else"), "{}", report.gate_reason);
+        assert!(report.gate == "stop" && report.taken.is_empty());
     }
     assert!(blob_of(&registry, &layer_of(&gone)).exists());
     // Two processes on one storage: both are asked.

@@ -283,7 +283,7 @@ fn repairs_are_shown_when_looked_for_and_made_when_asked() {
     let undone = gc::undo(&*store, &author(), &id).unwrap();
     assert_eq!(undone.present.into_iter().collect::<BTreeSet<_>>(), taken);
     assert!(store.snapshot() == after);
-    gc::purge_trash(&*store, &Tables::default(), &author(), &Selection::All).unwrap();
+    gc::purge_trash(&*store, &Tables::default(), &author(), &Selection::All, &Gate::Stopped).unwrap();
     assert_eq!(Live::of(&store.snapshot()).lacks, BTreeSet::new());
 }
 

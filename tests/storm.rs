@@ -6,6 +6,8 @@
 mod common;
 #[path = "storm_harness/mod.rs"]
 mod storm_harness;
+#[path = "windows_harness/mod.rs"]
+mod windows_harness;
 
 use std::time::Duration;
 
@@ -49,6 +51,17 @@ fn a_regfs_that_is_down_for_half_of_the_storm_loses_nothing() {
     figures.assert_nothing_is_lost();
 }
 
+#[test]
+fn a_guarded_registry_serves_nothing_broken_even_for_a_moment() {
+    if !have(NEEDS) {
+        return;
+    }
+    let figures = storm(&Storm { is_guarded: true, ..Storm::new(5, SHORT) });
+    figures.assert_nothing_is_lost();
+    figures.assert_all_went_to_the_purge();
+    assert_eq!(figures.broken(), 0, "{figures}");
+}
+
 /// The storm can tell: a collector that takes at once what nothing names, beside a registry that remembers, loses images.
 #[test]
 fn the_same_storm_breaks_images_under_a_collector_that_does_not_wait() {
@@ -85,6 +98,7 @@ fn a_long_storm() {
         cache: setting("CACHE") == "on",
         collector,
         trouble,
+        is_guarded: setting("GUARD") == "yes",
         ..Storm::new(number("SEED", 1), duration)
     };
     let figures = storm(&plan);

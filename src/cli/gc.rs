@@ -121,11 +121,7 @@ impl GcArgs {
     }
 
     fn said(&self) -> Said {
-        match (self.registry_stopped, self.force) {
-            (false, _) => Said::Nothing,
-            (true, false) => Said::Stopped,
-            (true, true) => Said::StoppedForSure,
-        }
+        Said::of(self.registry_stopped, self.force)
     }
 }
 
@@ -142,7 +138,9 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
             gate => gate?,
         };
         let watcher = Watcher::new(args.output.verbose)?;
-        let report = gc::run(&store, &tables, &Options { gate, ..args.options() }, &author, &*watcher);
+        let options = Options { gate, ..args.options() };
+        gc::yield_to_clients(&options);
+        let report = gc::run(&store, &tables, &options, &author, &*watcher);
         watcher.finish();
         let report = report?;
         is_complete &= report.is_complete();
@@ -169,7 +167,11 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
     if report.is_stopped {
         return Err(Error::invalid(format!("stopped by a signal: {}", report.outcome())));
     }
-    let outcome = if is_complete { Outcome::Done } else { Outcome::Unfinished };
+    let held_back = report.held_back().filter(|_| !args.dry_run);
+    if let Some(why) = &held_back {
+        eprintln!("regfs: {why}");
+    }
+    let outcome = if is_complete && held_back.is_none() { Outcome::Done } else { Outcome::Unfinished };
     // The process ends here; taking a catalog of millions apart first would only take time.
     std::mem::forget((report, tables));
     Ok(outcome)

@@ -18,8 +18,8 @@ use clap::Args;
 use super::mount_options::{MountWord, word};
 use super::registry::RegistryArgs;
 use super::{Environment, Outcome, duration, store_argument};
-use crate::engine::Engine;
 use crate::engine::schedule::{self, Schedule, Window};
+use crate::engine::{Engine, forgetting};
 use crate::error::{Error, Result};
 use crate::fuse::mount::{self, MountOptions};
 use crate::store::Store;
@@ -212,6 +212,9 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
         Err(e) => log::debug!("could not watch the filesystem: {e}"),
     }
     // As it was given: `mount -a` looks for the line of fstab among the mounts.
+    if let Some(directory) = &args.guard {
+        refuse_within(directory, &mountpoint)?;
+    }
     let guard = args.guard.as_deref().map(|directory| guard(directory, &storage_root)).transpose()?;
     let source =
         std::path::absolute(&args.store).map_err(|e| Error::io("find the storage", &args.store, e))?;
@@ -234,7 +237,7 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     let weak = Arc::downgrade(&engine);
     in_background("schedule", move || schedule::run(&weak, schedule));
     let weak = Arc::downgrade(&engine);
-    in_background("forget", move || schedule::forget(&weak));
+    in_background("forget", move || forgetting::run(&weak));
     let keeping = engine.clone();
     in_background("cache", move || keeping.keep_parsed());
     mounted.serve(&engine)?;
@@ -253,6 +256,20 @@ fn watch_directories(engine: &Arc<Engine>, root: &Path) {
     let watched = Watch::of_directories(root).map_err(|e| Error::io("watch", root, e));
     if let Err(e) = watched.and_then(|watch| engine.watch_from_now(watch)) {
         log::info!("the kernel does not tell what changes ({e}); looking at the storage instead");
+    }
+}
+
+/// A guarded directory and the mountpoint have nothing to do with each other.
+fn refuse_within(directory: &Path, mountpoint: &Path) -> Result<()> {
+    let whole = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let (guarded, mounted) = (whole(directory), whole(mountpoint));
+    match guarded.starts_with(&mounted) || mounted.starts_with(&guarded) {
+        true => Err(Error::invalid(format!(
+            "the guard takes a directory that has nothing to do with the mountpoint {}, not {}",
+            mountpoint.display(),
+            directory.display()
+        ))),
+        false => Ok(()),
     }
 }
 

@@ -31,12 +31,14 @@ pub(super) struct RegistryArgs {
 }
 
 pub(super) fn url(text: &str) -> std::result::Result<String, String> {
-    let is_url = ["http://", "https://"]
-        .iter()
-        .any(|scheme| text.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty()));
-    match is_url {
-        true => Ok(text.to_string()),
-        false => Err("write it as http://HOST:PORT or https://HOST:PORT".to_string()),
+    let rest = ["http://", "https://"].iter().find_map(|scheme| text.strip_prefix(scheme));
+    match rest.map(|rest| rest.split('/').next().unwrap_or_default()) {
+        None | Some("") => Err("write it as http://HOST:PORT or https://HOST:PORT".to_string()),
+        // It would stand in reports and in the list of processes.
+        Some(host) if host.contains('@') => {
+            Err("credentials belong into the file of --registry-auth".to_string())
+        }
+        Some(_) => Ok(text.to_string()),
     }
 }
 

@@ -6,10 +6,14 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::{Environment, Outcome, duration, open, print, typed};
+use super::{Environment, Outcome, duration, print, store_argument, typed};
 use crate::catalog::Tables;
 use crate::error::{Error, Result};
 use crate::gc;
+use crate::gc::guard::gate::Said;
+use crate::registries::Known;
+use crate::registries::http::Credentials;
+use crate::store::disk::Disk;
 use crate::trash::{self, Author, Selection};
 use crate::view::View;
 
@@ -47,6 +51,12 @@ enum TrashCommand {
         /// The whole trash: nothing of it can be undone afterwards
         #[arg(long, group = "which")]
         all: bool,
+        /// No registry runs: purge what one may remember, too
+        #[arg(long)]
+        registry_stopped: bool,
+        /// With --registry-stopped: whatever runs on this machine has nothing to do with this storage
+        #[arg(long, requires = "registry_stopped")]
+        force: bool,
     },
 }
 
@@ -55,7 +65,8 @@ pub(super) fn run(
     typed_args: &[OsString],
     environment: Environment<'_>,
 ) -> Result<Outcome> {
-    let store = open(&args.store, environment)?;
+    let argument = store_argument(&args.store, environment)?;
+    let store = Disk::open(&argument.storage_root)?;
     let author = Author::current(&typed(typed_args));
     match &args.command {
         TrashCommand::List { json } => {
@@ -74,14 +85,16 @@ pub(super) fn run(
             print(&undone.text(id))?;
             Ok(if undone.missing.is_empty() { Outcome::Done } else { Outcome::Unfinished })
         }
-        TrashCommand::Purge { id, older, all: _ } => {
+        TrashCommand::Purge { id, older, all: _, registry_stopped, force } => {
             let selection = match (id, older) {
                 (Some(id), _) => Selection::One(id.clone()),
                 (None, Some(age)) => Selection::Older(*age),
                 // Nothing else passes clap but --all.
                 (None, None) => Selection::All,
             };
-            let purged = gc::purge_trash(&store, &Tables::default(), &author, &selection)?;
+            let known = Known::new(&argument, &[], Credentials::None);
+            let gate = known.gate(Said::of(*registry_stopped, *force))?;
+            let purged = gc::purge_trash(&store, &Tables::default(), &author, &selection, &gate)?;
             print(&purged.text())?;
             Ok(if purged.failures.is_empty() { Outcome::Done } else { Outcome::Unfinished })
         }

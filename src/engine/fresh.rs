@@ -29,6 +29,11 @@ pub(super) const COST_FACTOR: u32 = 20;
 const WHOLE_LOOK: Duration = Duration::from_secs(600);
 /// How long more events are waited for after one: a push makes dozens within a moment.
 const SETTLES: Duration = Duration::from_millis(10);
+/// The same where taking them in takes long: so many times as long, and no longer than this.
+const SHARE: u32 = 3;
+const SETTLES_AT_MOST: Duration = Duration::from_millis(40);
+/// How long a name that is not there is waited for while somebody takes in what is new.
+const CATCHES_UP: Duration = Duration::from_millis(200);
 /// How often a thread asks whether it is still needed.
 pub(super) const STILL_NEEDED: Duration = Duration::from_millis(500);
 
@@ -104,6 +109,23 @@ impl Engine {
         self.current()
     }
 
+    /// Takes in what the kernel has told and nobody has looked at yet, before a name is said not to be there: it may have
+    /// been pushed a moment ago. Waits a moment for whoever is doing so.
+    pub fn catch_up(&self) {
+        let is_told = locked(&self.watch).as_ref().is_some_and(|watch| {
+            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&watch.events(), PollFlags::IN)], Some(&now)) == Ok(1)
+        });
+        let began = Instant::now();
+        while self.is_watching() && began.elapsed() < CATCHES_UP {
+            match self.changing.try_lock() {
+                Ok(mut changing) if is_told => return self.refresh(&mut changing),
+                Ok(_) => return,
+                Err(_) => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+
     /// Brings the snapshot up to date now, and waits until nobody remembers otherwise.
     pub fn refresh_now(&self) {
         self.refresh(&mut locked(&self.changing));
@@ -113,7 +135,7 @@ impl Engine {
     }
 
     /// Looks where something changed, or everywhere where nobody tells.
-    fn refresh(&self, changing: &mut MutexGuard<'_, Option<Open>>) {
+    pub(super) fn refresh(&self, changing: &mut MutexGuard<'_, Option<Open>>) {
         let changes = locked(&self.watch).as_mut().map(Watch::changes);
         match changes {
             Some(Ok(changes)) => self.take_in(&changes, changing),
@@ -139,6 +161,9 @@ impl Engine {
             return self.refresh_whole(changing);
         };
         let ids = if changes.trash { self.transactions() } else { before.trash.clone() };
+        if !ids.is_empty() {
+            self.make_new_ones_whole(&catalog, changes);
+        }
         // Where nothing else is different, bytes may still have come or gone in a directory that stays.
         let is_same = ids == before.trash && changes.blobs.is_empty() && {
             Arc::ptr_eq(&catalog.manifests, &before.catalog.manifests)
@@ -172,6 +197,7 @@ fn watching(engine: &Weak<Engine>, events: &OwnedFd) {
     if let Some(engine) = engine.upgrade() {
         engine.refresh(&mut locked(&engine.changing));
     }
+    let mut settles = SETTLES;
     loop {
         let mut fds = [PollFd::new(events, PollFlags::IN)];
         let ready = poll(&mut fds, Some(&timeout));
@@ -186,8 +212,11 @@ fn watching(engine: &Weak<Engine>, events: &OwnedFd) {
             Ok(0) => engine.refresh(&mut locked(&engine.changing)),
             Err(rustix::io::Errno::INTR) => {}
             Ok(_) => {
-                std::thread::sleep(SETTLES);
+                std::thread::sleep(settles);
+                let began = Instant::now();
                 engine.refresh(&mut locked(&engine.changing));
+                // On a large store taking in takes longer: not for each of many pushes.
+                settles = (began.elapsed() * SHARE).clamp(SETTLES, SETTLES_AT_MOST);
             }
             Err(e) => {
                 engine.failed(&format!("could not wait for changes: {e}"));

@@ -9,19 +9,20 @@
 //!    registry, nor the network.
 //! 2. Whatever fails, the registry goes on.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::fresh::STILL_NEEDED;
 use super::{Engine, locked};
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Revision};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::gc::named::{self, Needs};
 use crate::layout;
 use crate::trash::Author;
+use crate::watch::Changes;
 use crate::watch::opens::{Open, Opens};
 
 /// What the guard has done, for `control/status`.
@@ -50,49 +51,69 @@ impl Engine {
 
     fn let_through(&self, open: Open<'_>) {
         let revision = open.path().and_then(|path| layout::opened_revision(&path));
-        let is_manifest = revision.is_some();
-        let mut restored = 0;
-        if let Some((repository, digest)) = revision {
-            match self.make_whole(&repository, &digest, open.pid) {
-                Ok(count) => restored = count,
-                Err(e) => self.failed(&format!(
-                    "could not make {}@{digest} whole before it is served: {e}",
-                    repository.display()
-                )),
-            }
-        }
+        let restored = revision.as_ref().map(|(repository, digest)| {
+            self.report_restored(repository, digest, self.make_whole(repository, digest, open.pid))
+        });
         if let Some(guarded) = locked(&self.guarded).as_mut() {
             guarded.opens += 1;
-            guarded.manifests += u64::from(is_manifest);
-            guarded.restored += restored;
+            guarded.manifests += u64::from(restored.is_some());
+            guarded.restored += restored.unwrap_or(0);
         }
     }
 
-    /// Gives back what manifests need that came since the last snapshot, while somebody else has the lock of the store.
-    pub(super) fn make_new_ones_whole(&self, catalog: &Catalog) -> Result<usize> {
+    /// Gives back what is needed by manifests and layer links that came since the last snapshot: at once, whoever has the
+    /// lock of the store. A comparison with all of the trash follows.
+    pub(super) fn make_new_ones_whole(&self, catalog: &Catalog, changes: &Changes) {
+        if self.settings.read_only {
+            return;
+        }
         let before = self.current();
-        let mut restored = 0;
-        for (name, repository) in &catalog.repositories {
-            let old = before.catalog.repository(name);
-            for revision in &repository.revisions {
-                if old.and_then(|old| old.revision(revision.digest)) != Some(revision) {
-                    restored +=
-                        self.make_whole(name, &catalog.digest(revision.digest), std::process::id())?;
-                }
+        for name in &changes.repositories {
+            let [Some(new), old] = [catalog, &before.catalog].map(|c| c.repository(name)) else { continue };
+            let is_new =
+                |revision: &&Revision| old.and_then(|o| o.revision(revision.digest)) != Some(revision);
+            for revision in new.revisions.iter().filter(is_new) {
+                let digest = catalog.digest(revision.digest);
+                self.report_restored(name, &digest, self.make_whole(name, &digest, std::process::id()));
             }
         }
-        Ok(restored)
+        for (name, digest) in &changes.links {
+            self.report_restored(name, digest, self.fetch_linked(name, digest));
+        }
+    }
+
+    /// Gives back the bytes that a layer link leads to.
+    fn fetch_linked(&self, repository: &Path, digest: &Digest) -> Result<usize> {
+        let link = layout::layer_link(repository, digest);
+        let content = match self.store.read(&link, layout::LINK_LIMIT) {
+            Err(e) if e.is_damage() => None,
+            content => content?,
+        };
+        let Some((text, _)) = content else { return Ok(0) };
+        let Ok(stored) = layout::parse_link(&text) else { return Ok(0) };
+        self.fetch(&[layout::blob_data(&stored)], std::process::id(), "a link to it was written")
+    }
+
+    fn report_restored(&self, repository: &Path, digest: &Digest, restored: Result<usize>) -> usize {
+        restored.unwrap_or_else(|e| {
+            self.failed(&format!("could not give back what {}@{digest} needs: {e}", repository.display()));
+            0
+        })
+    }
+
+    fn fetch(&self, paths: &[PathBuf], pid: u32, why: &str) -> Result<usize> {
+        let restored = named::fetch(&*self.store, paths, &|| self.may_fetch_links())?;
+        let author = Author { pid, ..Author::current("regfs mount") };
+        for path in &restored {
+            self.note(&author, "give back", &path.display().to_string(), why);
+        }
+        Ok(restored.len())
     }
 
     fn make_whole(&self, repository: &Path, digest: &Digest, pid: u32) -> Result<usize> {
         let needs = Needs::of(&*self.store, repository, digest)?;
         self.named.add(needs.digests.iter().copied());
-        let restored = named::fetch(&*self.store, &needs.paths, &|| self.may_fetch_links())?;
-        let author = Author { pid, ..Author::current("regfs mount") };
-        for path in &restored {
-            self.note(&author, "give back", &path.display().to_string(), "a manifest names it");
-        }
-        Ok(restored.len())
+        self.fetch(&needs.paths, pid, "a manifest names it")
     }
 
     /// Whether links that a sweep has moved may come back although it still goes on: it tells no registry to forget them.

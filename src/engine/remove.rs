@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::schedule::Forget;
+use super::forgetting::Forget;
 use super::{Engine, LOCK_WAIT, locked};
 use crate::catalog::intern::NameId;
 use crate::catalog::update::rescan;
@@ -207,9 +207,11 @@ impl Engine {
         if let Some(open) =
             changing.as_mut().filter(|o| o.author == *author && o.last_used.elapsed() < STAYS_OPEN)
         {
-            // Another regfs may have purged it.
-            let record = layout::transaction(open.transaction.id()).join(layout::TRANSACTION_FILE);
-            if self.store.stat(&record)?.is_some() {
+            // Another regfs may have purged it, or a sweep begun to wait for it.
+            let file = |name: &str| layout::transaction(open.transaction.id()).join(name);
+            if self.store.stat(&file(layout::TRANSACTION_FILE))?.is_some()
+                && self.store.stat(&file(layout::STAGE_FILE))?.is_none()
+            {
                 open.last_used = Instant::now();
                 return Ok(open.transaction.clone());
             }

@@ -1,27 +1,18 @@
-//! What a mount does by itself: sweeps now and then, looks where nobody tells of changes, and tells registries what was
-//! removed.
+//! What a mount does by itself: sweeps now and then, and looks where nobody tells of changes.
 
 use std::sync::Weak;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::{Duration, Instant, SystemTime};
-
-use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
 
 use jiff::ZonedDateTime;
 use jiff::civil::Time;
 
 use super::fresh::{COST_FACTOR, FRESH};
-use super::{Engine, LOCK_WAIT, locked};
-use crate::digest::{Algorithm, Digest};
-use crate::error::Error;
-use crate::gc::dangling;
-use crate::gc::guard::gate::Registries;
+use super::{Engine, locked};
+use crate::gc::guard::gate::Said;
 use crate::gc::guard::state::State;
-use crate::layout;
 use crate::trash::Author;
 use crate::view::node::Node;
-use crate::watch::Changes;
 
 /// How often it is asked whether something is due.
 const TICK: Duration = Duration::from_millis(500);
@@ -61,6 +52,14 @@ impl Window {
     fn is_open(&self) -> bool {
         self.holds(ZonedDateTime::now().time())
     }
+
+    /// When it begins next.
+    fn opens_after(&self, now: &ZonedDateTime) -> Option<SystemTime> {
+        let day = if now.time() < self.from { now.date() } else { now.date().tomorrow().ok()? };
+        let opens = day.to_datetime(self.from).to_zoned_datetime(now.time_zone().clone()).ok()?;
+        let since_epoch = u64::try_from(opens.timestamp().as_second()).ok()?;
+        SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(since_epoch))
+    }
 }
 
 /// When sweeps begin by themselves.
@@ -78,6 +77,9 @@ pub fn run(engine: &Weak<Engine>, schedule: Option<Schedule>) {
     let mut due = schedule.map(|schedule| began + schedule.every.min(FIRST));
     let mut is_ours = false;
     let mut sweeps = 0;
+    if let Some(engine) = engine.upgrade() {
+        engine.find_gate();
+    }
     loop {
         let Some(engine) = engine.upgrade() else { return };
         engine.look_by_itself();
@@ -103,8 +105,10 @@ pub fn run(engine: &Weak<Engine>, schedule: Option<Schedule>) {
                     log::warn!("{e}");
                 }
             }
-            let left = due.map(|due| due.saturating_duration_since(now));
-            locked(&engine.reports).next_sweep = left.map(|left| SystemTime::now() + left);
+            let next = due.map(|due| SystemTime::now() + due.saturating_duration_since(now));
+            let opens =
+                window.filter(|_| !is_open).and_then(|window| window.opens_after(&ZonedDateTime::now()));
+            locked(&engine.reports).next_sweep = next.max(opens);
         }
         drop(engine);
         std::thread::sleep(TICK);
@@ -112,50 +116,21 @@ pub fn run(engine: &Weak<Engine>, schedule: Option<Schedule>) {
 }
 
 impl Engine {
-    /// Makes registries forget links that came without bytes: whoever is told "exists" would push an image without them.
-    pub(super) fn forget_dangling(&self, changes: &Changes) {
-        if self.settings.read_only {
-            return;
-        }
-        for (repository, digest) in &changes.links {
-            // Where that can't be told, a sweep finds out.
-            let is_missing = |path: &Path| matches!(self.store.stat(path), Ok(None));
-            if digest.algorithm() == Algorithm::Sha256
-                && is_missing(&layout::blob_data(digest))
-                && !is_missing(&layout::layer_link(repository, digest))
-            {
-                self.forget(Forget::Dangling(repository.clone(), *digest));
+    /// Finds out what a sweep could rely on, so that whoever looks need not wait for one.
+    fn find_gate(&self) {
+        match self.registries.gate(Said::Nothing) {
+            Ok(gate) => {
+                log::info!("{gate}");
+                locked(&self.reports).gate.get_or_insert(gate);
             }
+            Err(e) => log::warn!("{e}"),
         }
-    }
-
-    /// Tells registries behind the caller what they are to forget.
-    pub(super) fn forget(&self, what: Forget) {
-        // Without a mount nobody is there to do it.
-        let _ = self.forgetting.send(what);
-    }
-
-    fn forget_link(
-        &self,
-        registries: &dyn Registries,
-        repository: &Path,
-        digest: &Digest,
-    ) -> Result<(), Error> {
-        let author = Author::current("regfs mount");
-        let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
-        if dangling::forget(&*self.store, registries, &author, repository, digest)? {
-            let what = layout::layer_link(repository, digest);
-            let why = "a registry remembered it, and its bytes are nowhere";
-            self.note(&author, "forget", &what.display().to_string(), why);
-        }
-        Ok(())
     }
 
     /// How long what the last sweep fenced has to wait; `None` where there is no such.
     fn fenced_until(&self) -> Option<Duration> {
         let reports = locked(&self.reports);
-        let (_, totals) = reports.sweep.as_ref()?;
-        let fenced = totals.iter().find(|total| total.state == State::Fenced)?;
+        let fenced = reports.sweep.as_ref()?.totals.iter().find(|total| total.state == State::Fenced)?;
         // What was due already could not go on, and will not sooner because it is hurried.
         fenced.next?.duration_since(SystemTime::now()).ok()
     }
@@ -177,47 +152,6 @@ impl Engine {
     }
 }
 
-/// What registries are to forget.
-pub(super) enum Forget {
-    /// A manifest of a repository, which was removed.
-    Manifest(PathBuf, Digest),
-    /// A layer link of a repository, if its bytes are nowhere.
-    Dangling(PathBuf, Digest),
-}
-
-/// Tells registries what they are to forget, as long as there is an engine.
-pub fn forget(engine: &Weak<Engine>) {
-    let receiver = engine.upgrade().and_then(|engine| locked(&engine.forgotten).take());
-    if let Some(receiver) = receiver {
-        forgetting(engine, &receiver);
-    }
-}
-
-fn forgetting(engine: &Weak<Engine>, receiver: &Receiver<Forget>) {
-    loop {
-        let first = match receiver.recv_timeout(TICK) {
-            Ok(first) => first,
-            Err(RecvTimeoutError::Timeout) if engine.strong_count() > 0 => continue,
-            Err(_) => return,
-        };
-        let Some(engine) = engine.upgrade() else { return };
-        let Some(registries) = engine.registries.rememberers() else { continue };
-        for what in std::iter::once(first).chain(receiver.try_iter()) {
-            let told = match &what {
-                Forget::Manifest(repository, digest) => registries.forget(repository, digest),
-                Forget::Dangling(repository, digest) => engine.forget_link(&registries, repository, digest),
-            };
-            if let Err(e) = told {
-                let (Forget::Manifest(repository, digest) | Forget::Dangling(repository, digest)) = what;
-                engine.failed(&format!(
-                    "{}@{digest} is gone, and a registry may still remember it: {e}",
-                    repository.display()
-                ));
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -235,6 +169,14 @@ mod tests {
         for (hour, is_in) in [(21, false), (22, true), (0, true), (1, true), (2, false), (12, false)] {
             assert_eq!(midnight.holds(time(hour, 0)), is_in, "{hour}");
         }
+        let opens = |hour: i8| {
+            let noon = jiff::civil::date(2026, 3, 1)
+                .at(hour, 0, 0, 0)
+                .to_zoned_datetime(jiff::tz::TimeZone::UTC)
+                .unwrap();
+            humantime::format_rfc3339_seconds(night.opens_after(&noon).unwrap()).to_string()
+        };
+        assert_eq!((opens(0).as_str(), opens(12).as_str()), ("2026-03-01T01:00:00Z", "2026-03-02T01:00:00Z"));
         for wrong in ["", "1-5", "01:00", "01:00-01:00", "25:00-05:00", "01:60-05:00", "a:b-c:d"] {
             assert!(Window::parse(wrong).is_err(), "{wrong:?}");
         }

@@ -22,9 +22,9 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     BackingId, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, TimeOrNow, WriteFlags,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::cache::LASTING;
@@ -137,8 +137,13 @@ impl RegistryFilesystem {
     fn find(&self, parent: INodeNo, name: &OsStr) -> Result<(Option<FileAttr>, Duration)> {
         let missing = || Error::NotFound { what: name.display().to_string() };
         let parent = Node::of_inode(parent.0).ok_or_else(missing)?;
-        let snapshot = self.engine.snapshot();
-        let node = self.engine.view(&snapshot).lookup(parent, name)?;
+        let mut snapshot = self.engine.snapshot();
+        let mut node = self.engine.view(&snapshot).lookup(parent, name)?;
+        if node.is_none() {
+            self.engine.catch_up();
+            snapshot = self.engine.snapshot();
+            node = self.engine.view(&snapshot).lookup(parent, name)?;
+        }
         let attributes = match node {
             Some(node) => self.attributes(&snapshot, node)?.map(|attr| (attr, self.ttl(&snapshot, node))),
             None => None,
@@ -455,6 +460,21 @@ impl Filesystem for RegistryFilesystem {
         // The command line of a shell says nothing; what it wrote does.
         let author = Author { uid: request.uid(), pid: request.pid(), command: text.trim().to_string() };
         waiting::command(self.engine.clone(), node, text, author, data.len() as u32, reply);
+    }
+
+    /// Shells and editors ask whether it is a terminal.
+    fn ioctl(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _flags: IoctlFlags,
+        _command: u32,
+        _input: &[u8],
+        _output: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
     }
 
     fn flush(

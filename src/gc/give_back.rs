@@ -11,6 +11,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
+use super::forget;
 use super::mark::{self, Untagged};
 use crate::catalog::Catalog;
 use crate::catalog::intern::{DigestId, IdSet};
@@ -61,13 +62,19 @@ fn give_back_once(store: &dyn Store, catalog: &Catalog) -> Result<Vec<PathBuf>> 
             let is_wanted = match layout::classify(path) {
                 Kind::Blob(digest) => is_used(&digest) || alive.contains(&digest),
                 Kind::LayerLink(name, digest) => {
-                    id_of(&digest).is_some_and(|id| needs_of(catalog, &mut needs, name).contains(id))
-                        || !alive.is_empty()
-                            && target_of(store, transaction, path, digest)?
-                                .is_some_and(|d| alive.contains(&d))
+                    let is_named =
+                        id_of(&digest).is_some_and(|id| needs_of(catalog, &mut needs, name).contains(id));
+                    let target = match is_named || !alive.is_empty() {
+                        true => target_of(store, transaction, path, digest)?,
+                        false => None,
+                    };
+                    // A link to bytes that are nowhere would only make a registry say that it has them.
+                    target.is_some_and(|d| alive.contains(&d))
+                        || is_named && target.map_or(Ok(true), |d| has_bytes(store, &transactions, &d))?
                 }
                 Kind::Revision(name, digest) => {
                     id_of(&digest).is_some_and(|id| needs_of(catalog, &mut needs, name).contains(id))
+                        || is_written_late(store, transaction, path)?
                 }
                 Kind::Tag(..) | Kind::Other => false,
             };
@@ -77,8 +84,9 @@ fn give_back_once(store: &dyn Store, catalog: &Catalog) -> Result<Vec<PathBuf>> 
         }
         wanted.sort_unstable();
         give_back_from(store, transaction, &wanted, &mut restored)?;
-        if wanted.is_empty() && !alive.is_empty() {
-            // Of a blob without links nothing had moved; the transaction may have been about nothing else.
+        // Last: as long as it is about a blob, whatever of that is still here comes back.
+        end_sweep_of(store, transaction, &alive)?;
+        if !wanted.is_empty() || !alive.is_empty() {
             transaction.discard_if_empty(store)?;
         }
     }
@@ -88,7 +96,13 @@ fn give_back_once(store: &dyn Store, catalog: &Catalog) -> Result<Vec<PathBuf>> 
     Ok(restored)
 }
 
-/// The blobs that a sweep is about and that are in use again; from now on it is no longer about them.
+/// Whether the bytes of a blob are in the store or in the trash.
+fn has_bytes(store: &dyn Store, transactions: &[Contents], digest: &Digest) -> Result<bool> {
+    let path = layout::blob_data(digest);
+    Ok(forget::is_there(store, &path)? || transactions.iter().any(|t| t.holds(&path)))
+}
+
+/// The blobs that a sweep is about and that are in use again.
 fn alive(
     store: &dyn Store,
     transaction: &Contents,
@@ -97,29 +111,42 @@ fn alive(
     let Some(Ok(stage)) = &transaction.stage else { return Ok(HashSet::new()) };
     let mut alive: HashSet<Digest> = stage.blobs.iter().filter(|digest| is_used(digest)).copied().collect();
     if stage.step() != Step::Quarantined {
-        alive.extend(written_late(store, transaction, stage)?);
-    }
-    if !alive.is_empty() {
-        // First this: a crash leaves links in the trash that a push will write again, rather than a blob that is in use
-        // and goes on being swept.
-        let blobs = stage.blobs.iter().filter(|digest| !alive.contains(digest)).copied().collect();
-        Stage { blobs, ..stage.clone() }.write(store, &transaction.id)?;
+        alive.extend(written_late(store, transaction)?);
     }
     Ok(alive)
 }
 
+/// A sweep is no longer about the blobs that are in use again.
+fn end_sweep_of(store: &dyn Store, transaction: &Contents, alive: &HashSet<Digest>) -> Result<()> {
+    match &transaction.stage {
+        Some(Ok(stage)) if stage.blobs.iter().any(|digest| alive.contains(digest)) => {
+            let blobs = stage.blobs.iter().filter(|digest| !alive.contains(digest)).copied().collect();
+            Stage { blobs, ..stage.clone() }.write(store, &transaction.id)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether a link was written after it had moved here, by a sweep beside a registry.
+fn is_written_late(store: &dyn Store, transaction: &Contents, path: &Path) -> Result<bool> {
+    let stage = match &transaction.stage {
+        Some(Ok(stage)) if transaction.is_swept() => stage,
+        _ => return Ok(false),
+    };
+    match store.stat(&transaction.path_of(path)) {
+        Ok(stat) => Ok(stat.is_some_and(|stat| stat.modified > stage.links_until)),
+        Err(e) if e.is_damage() => Ok(true),
+        Err(e) => Err(e),
+    }
+}
+
 /// The blobs to which a link was written after it had moved here: registries before 3.1 write links in place, so a file
 /// that was open then is written wherever it is.
-fn written_late(store: &dyn Store, transaction: &Contents, stage: &Stage) -> Result<Vec<Digest>> {
+fn written_late(store: &dyn Store, transaction: &Contents) -> Result<Vec<Digest>> {
     let mut late = Vec::new();
     for path in &transaction.files {
         let Kind::LayerLink(_, digest) = layout::classify(path) else { continue };
-        let is_late = match store.stat(&transaction.path_of(path)) {
-            Ok(stat) => stat.is_some_and(|stat| stat.modified > stage.links_until),
-            Err(e) if e.is_damage() => true,
-            Err(e) => return Err(e),
-        };
-        if is_late {
+        if is_written_late(store, transaction, path)? {
             late.extend(target_of(store, transaction, path, digest)?);
         }
     }
@@ -180,7 +207,7 @@ fn give_back_from(
     restored: &mut Vec<PathBuf>,
 ) -> Result<()> {
     for (_, path) in wanted {
-        match transaction.put_back(store, path) {
+        match bring_back(store, transaction, path) {
             Ok(true) => {
                 log::info!("gave back {} from {}: it is in use again", path.display(), transaction.id);
                 restored.push(path.to_path_buf());
@@ -190,10 +217,19 @@ fn give_back_from(
             Err(e) => return Err(e),
         }
     }
-    match wanted.is_empty() {
-        true => Ok(()),
-        false => transaction.discard_if_empty(store),
+    Ok(())
+}
+
+/// Moves it back; of a link that a registry may yet remove, because it did not answer a DELETE, a copy stays.
+fn bring_back(store: &dyn Store, transaction: &Contents, path: &Path) -> Result<bool> {
+    let is_unanswered = matches!(&transaction.stage, Some(Ok(stage)) if stage.is_unanswered);
+    if !is_unanswered || !matches!(layout::classify(path), Kind::LayerLink(..)) {
+        return transaction.put_back(store, path);
     }
+    let Some((link, _)) = store.read(&transaction.path_of(path), layout::LINK_LIMIT)? else {
+        return Ok(false);
+    };
+    store.create(path, &link).map(|()| true)
 }
 
 /// What the manifests and tags of a repository name, manifests left out that neither a tag nor another one names.

@@ -34,15 +34,16 @@
 
 pub mod gate;
 pub mod ledger;
+mod quarantine;
 pub mod state;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use self::gate::{Gate, Registries};
+use self::gate::Gate;
 use self::ledger::Ledger;
-use super::dangling;
+use super::forget;
 use super::give_back::target_of;
 use super::mark;
 use super::plan::{Item, Plan, Policy, Reason, What, Young};
@@ -91,16 +92,11 @@ impl Round<'_> {
     /// Decides which step is due for which garbage of `plan`.
     pub(super) fn decide(&self, plan: Plan) -> Result<Course> {
         let mut transactions = trash::contents(self.store)?;
-        if let Gate::Probe(probe) = &self.options.gate
-            && let Some(repository) = self.catalog.repositories.values().find(|r| r.is_valid)
-            && (!plan.items.is_empty() || transactions.iter().any(|t| t.stage.is_some()))
-        {
-            probe.0.verify(self.store, &repository.name)?;
-        }
         if matches!(self.options.gate, Gate::Probe(_)) {
             self.adopt(&mut transactions)?;
         }
         let id_of = |digest: &Digest| self.catalog.tables.digests.find(digest);
+        let moves_on = self.moves_on(&transactions);
         let staged: IdSet = transactions.iter().flat_map(Contents::staged).filter_map(id_of).collect();
         let blobs: HashMap<DigestId, u64> = plan
             .items
@@ -120,7 +116,7 @@ impl Round<'_> {
         for (id, bytes) in blobs_in_order(&old_items) {
             let wait = |until: SystemTime| Young { digest: id, bytes, eligible_at: until };
             if staged.contains(id) {
-                course.plan.young.push(wait(self.moves_on(&transactions, &self.catalog.digest(id))));
+                course.plan.young.push(wait(moves_on.get(&id).copied().unwrap_or(self.policy.now)));
                 continue;
             }
             let since = ledger.since(id).unwrap_or(self.look);
@@ -143,10 +139,10 @@ impl Round<'_> {
                     match targets.iter().find_map(|target| fenced.get(target)) {
                         Some(at) => links.push((*at, item)),
                         None if targets.iter().any(|target| blobs.contains_key(target)) => {}
-                        None => course.plan.items.extend(self.is_direct().then_some(item)),
+                        None => course.plan.items.extend(self.is_direct(&item).then_some(item)),
                     }
                 }
-                _ => course.plan.items.extend(self.is_direct().then_some(item)),
+                _ => course.plan.items.extend(self.is_direct(&item).then_some(item)),
             }
         }
         course.direct = course.plan.items.len();
@@ -190,33 +186,38 @@ impl Round<'_> {
 
     /// Since when what is dead; written down, so that the next run knows.
     fn ledger(&self, plan: &Plan, blobs: &HashMap<DigestId, u64>, staged: &IdSet) -> Result<Ledger> {
-        let young: IdSet = plan.young.iter().map(|young| young.digest).collect();
         // With a glob, the plan is silent about other repositories.
         let mark =
             self.options.repositories.is_some().then(|| mark::mark(self.catalog, &mark::Untagged::new()));
         let is_still_dead = |id: DigestId| {
-            mark.as_ref().is_some_and(|mark| !mark.is_reachable(id))
-                && self.catalog.has_blob(id)
-                && !young.contains(id)
+            mark.as_ref().is_some_and(|mark| !mark.is_reachable(id)) && self.catalog.has_blob(id)
         };
         let before = Ledger::read(self.store, &self.catalog.tables)?;
-        let dead = blobs.keys().copied().filter(|id| !staged.contains(*id));
+        // Also what its file times call young: a use that they show begins the wait anew by itself.
+        let dead = blobs.keys().copied().chain(plan.young.iter().map(|young| young.digest));
+        let dead = dead.filter(|id| !staged.contains(*id));
         let ledger = before.clone().after(self.look, dead, is_still_dead);
-        if ledger != before {
-            ledger.write(self.store, &self.catalog.tables)?;
+        if ledger != before
+            && let Err(e) = ledger.write(self.store, &self.catalog.tables)
+        {
+            // What is dead is so from a later look on; on a full disk the purge goes on.
+            log::warn!("{e}: what has become garbage waits for longer");
         }
         Ok(ledger)
     }
 
-    /// When a blob that a sweep is about moves on.
-    fn moves_on(&self, transactions: &[Contents], digest: &Digest) -> SystemTime {
-        let of = |t: &Contents| match &t.stage {
-            Some(Ok(stage)) if stage.blobs.contains(digest) => {
-                stage.fenced_at.as_ref().map(|at| at.wall() + stage.drain)
-            }
-            _ => None,
-        };
-        transactions.iter().find_map(of).unwrap_or(self.policy.now)
+    /// When the blobs that sweeps are about move on.
+    fn moves_on(&self, transactions: &[Contents]) -> HashMap<DigestId, SystemTime> {
+        let mut all = HashMap::new();
+        for stage in transactions.iter().filter_map(|t| t.stage.as_ref()?.as_ref().ok()) {
+            let Some(next) = stage.fenced_at.as_ref().and_then(|at| at.wall().checked_add(stage.drain))
+            else {
+                continue;
+            };
+            let digests = &self.catalog.tables.digests;
+            all.extend(stage.blobs.iter().filter_map(|digest| Some((digests.find(digest)?, next))));
+        }
+        all
     }
 
     /// Whether a blob may be fenced at all.
@@ -244,49 +245,73 @@ impl Round<'_> {
         // Every type of manifest that a registry takes has this; no config of an image does.
         match serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&bytes) {
             Ok(fields) => Ok(fields.keys().any(|key| key.eq_ignore_ascii_case("schemaVersion"))),
-            Err(_) => Ok(false),
+            // Registries read what is no JSON for us: invalid UTF-8, deep nesting, large numbers.
+            Err(_) => Ok(true),
         }
     }
 
     /// Whether something that is not the bytes of a blob goes at once.
-    fn is_direct(&self) -> bool {
-        matches!(self.options.gate, Gate::Off | Gate::Probe(_))
+    fn is_direct(&self, item: &Item) -> bool {
+        // The directory of a link tells that a registry may remember one there, as long as there is the blob.
+        let has_blob = |layer: &DigestId| self.catalog.has_blob(self.catalog.stored_as(*layer));
+        match (&self.options.gate, &item.what) {
+            (Gate::Off, _) => true,
+            (Gate::Probe(_), What::Directory(path)) => match layout::link_below(path) {
+                Some(digest) => !self.catalog.tables.digests.find(&digest).is_some_and(|id| has_blob(&id)),
+                None => true,
+            },
+            (Gate::Probe(_), What::Repository(name)) => {
+                let repository = self.catalog.repository(Path::new(&*self.catalog.name(*name)));
+                !repository.is_some_and(|repository| repository.layers.iter().any(has_blob))
+            }
+            (Gate::Probe(_), _) => true,
+            (Gate::Stop { .. } | Gate::Stopped, _) => false,
+        }
     }
 
     /// Does what is due; what fails is in the answer. Fails only before the first change.
     pub(super) fn act(&self, course: &Course, author: &Author, progress: &dyn Progress) -> Result<Taken> {
         let mut taken = Taken::default();
-        let mut refused = Vec::new();
         progress.phase("quarantine", course.due.iter().map(|t| t.staged().len()).sum());
         for transaction in &course.due {
             if progress.is_stopped() {
                 return Ok(taken);
             }
-            match self.quarantine(transaction, course, progress, &mut taken) {
-                Ok(more) => refused.extend(more),
-                Err(e) => {
-                    let is_over = is_of_registry(&e);
-                    taken.failures.push(e);
-                    if is_over {
-                        return Ok(taken);
-                    }
+            if let Err(e) = self.quarantine(transaction, course, author, progress, &mut taken) {
+                let is_over = is_of_registry(&e);
+                taken.failures.push(e);
+                if is_over {
+                    return Ok(taken);
                 }
             }
         }
         let direct = Plan { items: course.plan.items[..course.direct].to_vec(), ..course.plan.clone() };
-        let moved = sweep::take(self.store, self.catalog, &direct, self.options, author, progress)?;
-        self.evict(&direct, &moved, &mut taken);
+        let moved = match sweep::take(self.store, self.catalog, &direct, self.options, author, progress) {
+            Ok(moved) => moved,
+            // Bytes may have moved by now, and a report tells of that.
+            Err(e) => {
+                taken.failures.push(e);
+                return Ok(taken);
+            }
+        };
+        if let Some(id) = &moved.transaction
+            && let Err(e) = self.begin_wait(id)
+        {
+            taken.failures.push(e);
+        }
+        self.evict(&direct, &moved, author, &mut taken);
         taken.transaction = moved.transaction.or(taken.transaction);
         taken.items.extend(moved.items);
         taken.repaired = moved.repaired;
         taken.failures.extend(moved.failures);
         if let Gate::Probe(probe) = &self.options.gate {
-            let forgotten = dangling::forget_all(self.store, &*probe.0, author, self.catalog);
+            let forgotten =
+                forget::dangling_ones(self.store, &*probe.0, author, self.options.drain, self.catalog);
             taken.failures.extend(forgotten.err());
         }
         if !progress.is_stopped()
-            && (!course.fence.is_empty() || !refused.is_empty())
-            && let Err(e) = self.fence(course, refused, author, progress, &mut taken)
+            && !course.fence.is_empty()
+            && let Err(e) = self.fence(course, author, progress, &mut taken)
         {
             taken.failures.push(e);
         }
@@ -294,13 +319,22 @@ impl Round<'_> {
         Ok(taken)
     }
 
+    /// What moved at once waits for requests that have seen it; where a registry remembers, it is told once more then.
+    fn begin_wait(&self, id: &str) -> Result<()> {
+        let now = Moment::now();
+        let quarantined_at = (self.options.gate == Gate::Off).then(|| now.clone());
+        let stage = Stage::begin(self.options.drain, SystemTime::now(), Vec::new());
+        Stage { fenced_at: Some(now), quarantined_at, ..stage }.write(self.store, id)
+    }
+
     /// Tells registries that remember it what was taken.
-    fn evict(&self, direct: &Plan, moved: &Taken, taken: &mut Taken) {
+    fn evict(&self, direct: &Plan, moved: &Taken, author: &Author, taken: &mut Taken) {
         let Gate::Probe(probe) = &self.options.gate else { return };
         for item in moved.items.iter().filter_map(|at| direct.items.get(*at)) {
             let (What::Revision(name, id) | What::LayerLink(name, id)) = item.what else { continue };
-            let repository = self.catalog.name(name);
-            if let Err(e) = probe.0.forget(Path::new(&*repository), &self.catalog.digest(id)) {
+            let (repository, digest) = (self.catalog.name(name), self.catalog.digest(id));
+            let (repository, path) = (Path::new(&*repository), item.path(&self.catalog.tables));
+            if let Err(e) = forget::removed(self.store, &*probe.0, author, repository, &digest, &path) {
                 // What it was not told of, it is told of after the drain.
                 let is_over = is_of_registry(&e);
                 taken.failures.push(e);
@@ -311,35 +345,21 @@ impl Round<'_> {
         }
     }
 
-    /// Moves the links to what is dead for long enough into a transaction, together with what has to wait once more.
+    /// Moves the links to what is dead for long enough into a transaction.
     fn fence(
         &self,
         course: &Course,
-        refused: Vec<Refused>,
         author: &Author,
         progress: &dyn Progress,
         taken: &mut Taken,
     ) -> Result<()> {
         progress.phase("fence", course.fence.len());
         let digest = |id: DigestId| self.catalog.digest(id);
-        let again = refused.iter().map(|refused| refused.digest);
-        let mut blobs: Vec<Digest> = course.fence.iter().map(|(id, ..)| digest(*id)).chain(again).collect();
         let links_until = self.policy.now.checked_sub(self.options.grace).unwrap_or(SystemTime::UNIX_EPOCH);
-        let reason = format!("{}, beside a registry", sweep::reason(self.options));
-        let transaction = Transaction::begin(self.store, trash::SWEEP, author, &reason)?;
-        let stage = |blobs: &[Digest], fenced_at| Stage {
-            fenced_at,
-            ..Stage::begin(self.options.drain, links_until, blobs.to_vec())
-        };
-        stage(&blobs, None).write(self.store, transaction.id())?;
-        self.store.sync()?;
+        let blobs = course.fence.iter().map(|(id, ..)| digest(*id)).collect();
+        let (transaction, mut stage) =
+            self.begin_fence(Stage::begin(self.options.drain, links_until, blobs), author)?;
         let mut left: HashSet<Digest> = HashSet::new();
-        for refused in refused {
-            if let Err(e) = refused.join(self.store, &transaction) {
-                taken.failures.push(e);
-                left.insert(refused.digest);
-            }
-        }
         let mut is_over = false;
         for (id, _, links) in &course.fence {
             if is_over || progress.is_stopped() {
@@ -349,24 +369,38 @@ impl Round<'_> {
             match self.fence_one(&transaction, course, *id, links, links_until) {
                 Ok(true) => taken.items.extend(links),
                 Ok(false) => drop(left.insert(digest(*id))),
+                // Of this one links have moved, so it waits with them: in use they bring it back, and the gate has it
+                // forgotten.
                 Err(e) => {
-                    // What it is about is still in the store; links of it that moved come back when it is used.
                     is_over = is_of_registry(&e);
+                    stage.is_unanswered |= is_over;
                     taken.failures.push(e);
-                    left.insert(digest(*id));
                 }
             }
             progress.step(1);
         }
-        blobs.retain(|digest| !left.contains(digest));
-        self.store.sync()?;
-        stage(&blobs, Some(Moment::now())).write(self.store, transaction.id())?;
-        self.store.sync()?;
-        transaction.discard_if_empty(self.store)?;
-        if !blobs.is_empty() && taken.transaction.is_none() {
+        stage.blobs.retain(|digest| !left.contains(digest));
+        if !stage.blobs.is_empty() && taken.transaction.is_none() {
             taken.transaction = Some(transaction.id().to_string());
         }
-        Ok(())
+        self.end_fence(&transaction, stage)
+    }
+
+    /// A transaction that says what is to move to it before anything does.
+    fn begin_fence(&self, stage: Stage, author: &Author) -> Result<(Transaction, Stage)> {
+        let reason = format!("{}, beside a registry", sweep::reason(self.options));
+        let transaction = Transaction::begin(self.store, trash::SWEEP, author, &reason)?;
+        stage.write(self.store, transaction.id())?;
+        self.store.sync()?;
+        Ok((transaction, stage))
+    }
+
+    /// All has moved and was told: the wait begins.
+    fn end_fence(&self, transaction: &Transaction, stage: Stage) -> Result<()> {
+        self.store.sync()?;
+        Stage { fenced_at: Some(Moment::now()), ..stage }.write(self.store, transaction.id())?;
+        self.store.sync()?;
+        transaction.discard_if_empty(self.store)
     }
 
     /// Moves the links to one blob; `false`: one of them is fresh, or a push is about to name the blob, and all are where
@@ -379,6 +413,10 @@ impl Round<'_> {
         links: &[usize],
         links_until: SystemTime,
     ) -> Result<bool> {
+        let is_named = || self.options.named.contains(&self.catalog.digest(blob));
+        if is_named() {
+            return Ok(false);
+        }
         let mut moved = Vec::new();
         let mut is_used = false;
         for item in links.iter().filter_map(|at| course.plan.items.get(*at)) {
@@ -394,7 +432,10 @@ impl Round<'_> {
                 break;
             }
         }
-        if is_used || self.options.named.contains(&self.catalog.digest(blob)) {
+        for (path, ..) in &moved {
+            is_used |= forget::is_there(self.store, path)?;
+        }
+        if is_used || is_named() {
             for (path, ..) in &moved {
                 match transaction.put_back(self.store, path) {
                     // A push wrote it anew: no harm, it says the same.
@@ -411,159 +452,6 @@ impl Round<'_> {
             }
         }
         Ok(true)
-    }
-
-    /// Moves the bytes of what is fenced; what must wait once more is in the answer.
-    fn quarantine(
-        &self,
-        transaction: &Contents,
-        course: &Course,
-        progress: &dyn Progress,
-        taken: &mut Taken,
-    ) -> Result<Vec<Refused>> {
-        let Some(Ok(stage)) = &transaction.stage else { return Ok(Vec::new()) };
-        let mut links = links_in(self.store, transaction)?;
-        let places: HashMap<DigestId, usize> = course
-            .plan
-            .items
-            .iter()
-            .enumerate()
-            .filter_map(|(at, item)| if let What::Blob(id) = item.what { Some((id, at)) } else { None })
-            .collect();
-        let known = self.places_of_links(stage);
-        let mut refused = Vec::new();
-        for digest in &stage.blobs {
-            if progress.is_stopped() {
-                return Ok(refused);
-            }
-            let own = links.remove(digest).unwrap_or_default();
-            let mut repositories: HashSet<(PathBuf, Digest)> =
-                own.iter().filter_map(|path| claim(path)).collect();
-            repositories.extend(known.get(digest).into_iter().flatten().cloned());
-            if self.is_remembered(&repositories, &course.held)? || self.options.named.contains(digest) {
-                refused.push(Refused { from: transaction.id.clone(), digest: *digest, links: own });
-                continue;
-            }
-            if self.quarantine_one(transaction, digest, &repositories)? {
-                let id = self.catalog.tables.digests.find(digest);
-                taken.items.extend(id.and_then(|id| places.get(&id)));
-                taken.transaction = Some(transaction.id.clone());
-            }
-            progress.step(1);
-        }
-        if let Gate::Probe(probe) = &self.options.gate {
-            for path in &transaction.files {
-                if let Kind::Revision(repository, digest) | Kind::LayerLink(repository, digest) =
-                    layout::classify(path)
-                    && is_to_be_forgotten(transaction, path)
-                {
-                    probe.0.forget(&repository, &digest)?;
-                }
-            }
-        }
-        let waits: HashSet<&Digest> = refused.iter().map(|refused| &refused.digest).collect();
-        self.store.sync()?;
-        let blobs = stage.blobs.iter().filter(|digest| !waits.contains(digest)).copied().collect();
-        Stage { blobs, quarantined_at: Some(Moment::now()), ..stage.clone() }
-            .write(self.store, &transaction.id)?;
-        self.store.sync()?;
-        Ok(refused)
-    }
-
-    /// Where a link to the blobs of a sweep could be written to: every place that has ever had one.
-    fn places_of_links(&self, stage: &Stage) -> HashMap<Digest, Vec<(PathBuf, Digest)>> {
-        let staged: IdSet =
-            stage.blobs.iter().filter_map(|digest| self.catalog.tables.digests.find(digest)).collect();
-        let mut places: HashMap<Digest, Vec<(PathBuf, Digest)>> = HashMap::new();
-        for repository in self.catalog.repositories.values() {
-            for layer in repository.layers.iter().copied().filter(|layer| staged.contains(*layer)) {
-                let digest = self.catalog.digest(layer);
-                places.entry(digest).or_default().push((repository.name.clone(), digest));
-            }
-        }
-        places
-    }
-
-    /// Whether a registry would say that it has the blob. If so it is told to forget it; but only where we hold the link:
-    /// a DELETE also removes one that an upload writes in this moment, and ours is what then comes back.
-    fn is_remembered(
-        &self,
-        repositories: &HashSet<(PathBuf, Digest)>,
-        fenced: &HashSet<(PathBuf, Digest)>,
-    ) -> Result<bool> {
-        let registries: &dyn Registries = match &self.options.gate {
-            Gate::Off => return Ok(false),
-            Gate::Probe(probe) => &*probe.0,
-            Gate::Stop { .. } | Gate::Stopped => return Ok(true),
-        };
-        let mut is_remembered = false;
-        for place in repositories {
-            let (repository, digest) = place;
-            if registries.remembers(repository, digest)? {
-                is_remembered = true;
-                if fenced.contains(place) {
-                    registries.forget(repository, digest)?;
-                }
-            }
-        }
-        Ok(is_remembered)
-    }
-
-    /// Moves the bytes unless a link has come; brings them back if one comes meanwhile.
-    fn quarantine_one(
-        &self,
-        transaction: &Contents,
-        digest: &Digest,
-        repositories: &HashSet<(PathBuf, Digest)>,
-    ) -> Result<bool> {
-        let is_linked = || -> Result<bool> {
-            for (repository, digest) in repositories {
-                match self.store.stat(&layout::layer_link(repository, digest)) {
-                    Ok(None) => {}
-                    Ok(Some(_)) => return Ok(true),
-                    Err(e) if e.is_damage() => return Ok(true),
-                    Err(e) => return Err(e),
-                }
-            }
-            Ok(false)
-        };
-        if is_linked()? {
-            return Ok(false);
-        }
-        let path = layout::blob_data(digest);
-        match self.store.rename(&path, &transaction.path_of(&path)) {
-            Ok(true) => {}
-            // An upload has brought the same bytes once more: those go when these are purged.
-            Ok(false) | Err(Error::Exists { .. }) => return Ok(false),
-            Err(e) => return Err(e),
-        }
-        // Whatever can't be told brings the bytes back.
-        let linked = is_linked().map(|is_linked| is_linked || self.options.named.contains(digest));
-        if linked.as_ref().is_ok_and(|linked| !linked) {
-            return Ok(true);
-        }
-        match self.store.rename(&transaction.path_of(&path), &path) {
-            // An upload has brought them.
-            Ok(_) | Err(Error::Exists { .. }) => linked.map(|_| false),
-            Err(e) => Err(e),
-        }
-    }
-}
-
-/// What must wait once more, because a registry remembers it.
-struct Refused {
-    from: String,
-    digest: Digest,
-    links: Vec<PathBuf>,
-}
-
-impl Refused {
-    /// Joins the sweep that begins its wait now.
-    fn join(&self, store: &dyn Store, transaction: &Transaction) -> Result<()> {
-        for link in &self.links {
-            store.rename(&layout::transaction(&self.from).join(link), &transaction.path_of(link))?;
-        }
-        Ok(())
     }
 }
 
@@ -598,6 +486,22 @@ fn is_to_be_forgotten(transaction: &Contents, path: &Path) -> bool {
     }
 }
 
+/// Why what was removed at once, and never told to a registry, is not to be purged: a registry that remembers takes pushes
+/// for it, and as long as it lies in the trash it then comes back. `None` where that can't be.
+pub(super) fn is_remembered(transaction: &Contents, gate: &Gate) -> Option<String> {
+    let holds_links = transaction.files.iter().any(|path| is_to_be_forgotten(transaction, path));
+    match gate {
+        Gate::Stopped | Gate::Off => None,
+        _ if transaction.stage.is_some() || !holds_links => None,
+        Gate::Probe(_) => Some(
+            "a registry may remember what was removed; sweeps have it forgotten first, so sweep, and purge when the drain is over"
+                .to_string(),
+        ),
+        Gate::Stop { .. } if transaction.is_swept() => None,
+        Gate::Stop { why } => Some(format!("a registry may remember what was removed, and take pushes for it ({why})")),
+    }
+}
+
 /// Whether a registry failed to answer: the next question would only take as long.
 fn is_of_registry(error: &Error) -> bool {
     matches!(error, Error::Busy { .. })
@@ -609,17 +513,24 @@ fn blobs_in_order(items: &[Item]) -> Vec<(DigestId, u64)> {
     items.iter().filter_map(blob).collect()
 }
 
-/// A sweep that was being fenced when its process ended: what has moved by then is what it is about.
+/// A sweep that was being fenced when its process ended: what has moved by then is what it is about. Returns what of the
+/// trash can't be told.
 ///
 /// All links to what is still not in use have moved, or they would have brought it back by now.
-pub(super) fn go_on(store: &dyn Store) -> Result<()> {
+pub(super) fn go_on(store: &dyn Store) -> Result<Vec<String>> {
+    let mut unclear = Vec::new();
     for transaction in trash::contents(store)? {
-        if let Some(Ok(stage)) = &transaction.stage
-            && stage.step() == Step::Fencing
-        {
-            Stage { fenced_at: Some(Moment::now()), ..stage.clone() }.write(store, &transaction.id)?;
-            log::info!("{}: a sweep that was interrupted goes on", transaction.id);
+        match &transaction.stage {
+            Some(Ok(stage)) if stage.step() == Step::Fencing => {
+                Stage { fenced_at: Some(Moment::now()), ..stage.clone() }.write(store, &transaction.id)?;
+                log::info!("{}: a sweep that was interrupted goes on", transaction.id);
+            }
+            Some(Err(why)) => unclear.push(format!(
+                "transaction {} stays: how far it has come can't be read ({why}); undo it",
+                transaction.id
+            )),
+            _ => {}
         }
     }
-    Ok(())
+    Ok(unclear)
 }

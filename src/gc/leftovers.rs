@@ -452,6 +452,14 @@ impl Search<'_> {
     }
 }
 
+/// Removes a directory if it is empty and its last change is older than the grace period.
+pub(super) fn remove_old_directory(store: &dyn Store, path: &Path, policy: &Policy) -> Result<bool> {
+    match unless_misplaced(store.directory_changed(path))? {
+        Some(changed) if !policy.is_young(changed) => remove_directory(store, path),
+        _ => Ok(false),
+    }
+}
+
 /// The directories `<algorithm>/<hex>` below `root`.
 pub(super) fn digests_below(store: &dyn Store, root: &Path) -> Result<Vec<(Digest, PathBuf)>> {
     let mut found = Vec::new();

@@ -21,6 +21,7 @@ use bytesize::ByteSize;
 use serde::Serialize;
 
 use super::Options;
+use super::guard::gate::Gate;
 use super::guard::state::{self, State, Unreferenced};
 use super::plan::{Item, ItemKind, Plan, Reason, What};
 use super::repair::Repair;
@@ -200,8 +201,22 @@ impl Report {
             What::Blob(id) => Some(Unreferenced { id, bytes: item.bytes, old_at: now }),
             _ => None,
         });
-        self.states = state::totals(&state::all(store, tables, young.chain(old), &self.options, now)?);
+        self.states =
+            state::totals(&state::all(store, tables, young.chain(old), &self.options, now, Some(now))?);
         Ok(())
+    }
+
+    /// What is due and was not taken because of a registry, if nothing could be taken at all.
+    pub fn held_back(&self) -> Option<String> {
+        let Gate::Stop { why } = &self.options.gate else { return None };
+        let due = self.states.iter().find(|total| total.state == State::WaitingForRegistry)?;
+        let what = format!("{} ({})", count(due.blobs, "blob"), human(due.bytes));
+        Some(format!("nothing was taken: {what} may go by its age, but {why}"))
+    }
+
+    /// What the run relied on.
+    pub fn gate(&self) -> &Gate {
+        &self.options.gate
     }
 
     /// What could not be read or does not belong, with the bytes that are kept only because of it.
@@ -243,12 +258,15 @@ impl Report {
     /// `2 manifests, 5 layer links and 7 blobs (1.2 MiB)`: what was taken.
     fn taken_in_words(&self) -> String {
         let totals = self.totals_by_kind();
-        let bytes = human(totals.values().map(|t| t.bytes).sum());
+        let bytes = match totals.values().map(|t| t.bytes).sum() {
+            0 => String::new(),
+            bytes => format!(" ({})", human(bytes)),
+        };
         let words: Vec<String> = totals.iter().map(|(kind, t)| count(t.count, kind.noun())).collect();
         match words.split_last() {
             None => "nothing".to_string(),
-            Some((last, [])) => format!("{last} ({bytes})"),
-            Some((last, before)) => format!("{} and {last} ({bytes})", before.join(", ")),
+            Some((last, [])) => format!("{last}{bytes}"),
+            Some((last, before)) => format!("{} and {last}{bytes}", before.join(", ")),
         }
     }
 

@@ -113,41 +113,106 @@ impl Client {
             .tls_config(tls)
             .user_agent(concat!("regfs/", env!("CARGO_PKG_VERSION")));
         Client {
-            urls: urls.iter().map(|url| url.trim_end_matches('/').to_string()).collect(),
+            urls: urls
+                .iter()
+                .map(|url| url.trim_end_matches('/').trim_end_matches("/v2").to_string())
+                .collect(),
             credentials,
             agent: config.build().into(),
             tokens: Mutex::default(),
         }
     }
 
-    /// Whether each of them answers and deletes.
+    /// Whether each of them answers at all.
     pub fn check(&self) -> Result<()> {
-        // Of a blob that can't be: where deleting is not allowed, the answer is another one than "unknown".
-        let nothing = Digest::from_bytes(Algorithm::Sha256, &[0; 32]);
-        let repository = Path::new("regfs-asks");
         for url in &self.urls {
-            let (status, _) =
-                self.call(url, "DELETE", &blob(repository, &nothing), &scope(repository, "delete"))?;
-            match status {
-                404 | 202 => {}
-                405 => {
-                    return Err(Error::invalid(format!(
-                        "the registry at {url} does not delete (storage.delete.enabled: true in its config.yml makes it)"
-                    )));
-                }
-                401 | 403 => {
-                    return Err(Error::invalid(format!(
-                        "the registry at {url} does not let us delete ({status}); give --registry-auth FILE with user:password"
-                    )));
-                }
-                _ => return Err(unexpected(url, "DELETE", status)),
+            match self.call(url, "GET", "/v2/", "")?.0 {
+                // One that wants credentials for more than that says so when it is asked for more.
+                200 | 401 => {}
+                status => return Err(unexpected(url, "GET", status)),
             }
         }
         Ok(())
     }
 
+    /// Whether the registry at `url` lets us delete.
+    fn check_delete(&self, url: &str, repository: &Path) -> Result<()> {
+        // Of a blob that can't be: where deleting is not allowed, the answer is another one than "unknown".
+        let nothing = Digest::from_bytes(Algorithm::Sha256, &[0; 32]);
+        let (status, _) =
+            self.call(url, "DELETE", &blob(repository, &nothing), &scope(repository, "delete"))?;
+        match status {
+            404 | 202 => Ok(()),
+            405 => Err(Error::invalid(format!(
+                "the registry at {url} does not delete; storage.delete.enabled: true in its config.yml makes it"
+            ))),
+            401 | 403 => Err(self.denied(url, status, "delete")),
+            _ => Err(unexpected(url, "DELETE", status)),
+        }
+    }
+
+    fn denied(&self, url: &str, status: u16, what: &str) -> Error {
+        let next = match self.credentials {
+            Credentials::None => "give --registry-auth FILE with user:password",
+            _ => {
+                "the credentials that were given must be of a user who may pull, push and delete in all repositories"
+            }
+        };
+        Error::invalid(format!("the registry at {url} does not let us {what} ({status}); {next}"))
+    }
+
+    /// Whether the registry at `url` writes into this storage: what any push begins with shows it, and ends here.
+    ///
+    /// One that lacks the blob `witness` is another one, and nothing need be written to it to know that.
+    fn check_storage(
+        &self,
+        url: &str,
+        store: &dyn Store,
+        repository: &Path,
+        witness: Option<&Digest>,
+    ) -> Result<()> {
+        let elsewhere = || {
+            Err(Error::invalid(format!(
+                "the registry at {url} stores somewhere else than {}; give the URL of the one that serves this storage",
+                store.full(Path::new("")).display()
+            )))
+        };
+        if let Some(witness) = witness
+            && self.call(url, "HEAD", &blob(repository, witness), &scope(repository, "pull"))?.0 == 404
+        {
+            return elsewhere();
+        }
+        let path = format!("/v2/{}/blobs/uploads/", repository.display());
+        let rights = scope(repository, "pull,push");
+        let (status, answer) = self.call(url, "POST", &path, &rights)?;
+        match status {
+            202 => {}
+            401 | 403 => {
+                return Err(self.denied(url, status, "begin an upload, which shows what it stores in"));
+            }
+            _ => return Err(unexpected(url, "POST", status)),
+        }
+        let header = |name: &str| answer.headers().get(name).and_then(|value| value.to_str().ok());
+        let upload = header("docker-upload-uuid").unwrap_or_default().to_string();
+        let is_plain = !upload.is_empty() && !upload.contains('/') && !upload.starts_with('.');
+        let found = is_plain
+            .then(|| store.stat(&layout::upload_started_at(repository, upload.as_ref())))
+            .transpose()?
+            .flatten();
+        // By our way to it: what it calls itself may lead nowhere from here.
+        let cancelled = header("location").map(|location| self.call(url, "DELETE", local(location), &rights));
+        if found.is_none() {
+            return elsewhere();
+        }
+        // 2.8 leaves the state of the hash, and the directories.
+        let state = layout::upload_hash_state(repository, upload.as_ref(), Algorithm::Sha256, 0);
+        store.remove(&[state]).into_iter().next().map_or(Ok(()), Err)?;
+        store.prune(&layout::upload_dir(repository, upload.as_ref()))?;
+        cancelled.transpose().map(drop)
+    }
+
     fn call(&self, url: &str, method: &str, path: &str, scope: &str) -> Result<(u16, Response<Body>)> {
-        let target = if path.contains("://") { path.to_string() } else { format!("{url}{path}") };
+        let target = format!("{url}{path}");
         let key = (url.to_string(), scope.to_string());
         let known = self.tokens.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
         let answer = self.send(method, &target, known.or_else(|| self.credentials.header()))?;
@@ -179,9 +244,12 @@ impl Client {
     fn token(&self, challenge: &str, scope: &str) -> Result<Option<String>> {
         let Some(fields) = challenge.strip_prefix("Bearer ").map(fields) else { return Ok(None) };
         let Some(realm) = fields.get("realm") else { return Ok(None) };
-        let mut target = format!("{realm}{}scope={scope}", if realm.contains('?') { '&' } else { '?' });
+        let mut target = format!("{realm}{}", if realm.contains('?') { '&' } else { '?' });
         if let Some(service) = fields.get("service") {
-            target += &format!("&service={}", service.replace(' ', "%20"));
+            target += &format!("service={}&", service.replace(' ', "%20"));
+        }
+        if !scope.is_empty() {
+            target += &format!("scope={scope}");
         }
         let mut answer = self.send("GET", &target, self.credentials.header())?;
         if !answer.status().is_success() {
@@ -255,50 +323,33 @@ impl Registries for Client {
     }
 
     fn forget(&self, repository: &Path, digest: &Digest) -> Result<()> {
-        for url in &self.urls {
+        // Each is told, also after one that fails.
+        let tell = |url: &String| {
             let (status, _) =
                 self.call(url, "DELETE", &blob(repository, digest), &scope(repository, "delete"))?;
             match status {
                 // 3.x forgets and then fails for want of the link; 2.8 says that it has none.
-                202 | 404 | 500 => {}
-                _ => return Err(unexpected(url, "DELETE", status)),
+                202 | 404 | 500 => Ok(()),
+                _ => Err(unexpected(url, "DELETE", status)),
             }
-        }
-        Ok(())
+        };
+        self.urls.iter().map(tell).fold(Ok(()), Result::and)
     }
 
-    fn verify(&self, store: &dyn Store, repository: &Path) -> Result<()> {
-        for url in &self.urls {
-            // Any push begins like this, and this one ends here. Only the storage that this registry writes to shows it.
-            let path = format!("/v2/{}/blobs/uploads/", repository.display());
-            let (status, answer) = self.call(url, "POST", &path, &scope(repository, "pull,push"))?;
-            if status != 202 {
-                return Err(unexpected(url, "POST", status));
-            }
-            let header = |name: &str| answer.headers().get(name).and_then(|value| value.to_str().ok());
-            let upload = header("docker-upload-uuid").unwrap_or_default().to_string();
-            let is_plain = !upload.is_empty() && !upload.contains('/') && !upload.starts_with('.');
-            let found = is_plain
-                .then(|| store.stat(&layout::upload_started_at(repository, upload.as_ref())))
-                .transpose();
-            if let Some(location) = header("location") {
-                self.call(url, "DELETE", location, &scope(repository, "pull,push,delete"))?;
-            }
-            let found = found?.flatten();
-            if found.is_some() {
-                // 2.8 leaves the state of the hash, and the directories.
-                let state = layout::upload_hash_state(repository, upload.as_ref(), Algorithm::Sha256, 0);
-                store.remove(&[state]).into_iter().next().map_or(Ok(()), Err)?;
-                store.prune(&layout::upload_dir(repository, upload.as_ref()))?;
-            }
-            if found.is_none() {
-                return Err(Error::invalid(format!(
-                    "the registry at {url} stores somewhere else than {}; give the URL of the one that serves this storage",
-                    store.full(Path::new("")).display()
-                )));
-            }
-        }
-        Ok(())
+    fn verify(&self, store: &dyn Store, repository: &Path, witness: Option<&Digest>) -> Result<()> {
+        self.urls.iter().try_for_each(|url| {
+            self.check_delete(url, repository)?;
+            self.check_storage(url, store, repository, witness)
+        })
+    }
+}
+
+/// Path and query of a URL, or of a reference that has nothing else.
+fn local(url: &str) -> &str {
+    let is_whole = url.starts_with("http://") || url.starts_with("https://");
+    match url.split_once("://") {
+        Some((_, rest)) if is_whole => rest.find('/').map_or("/", |at| &rest[at..]),
+        _ => url,
     }
 }
 
@@ -319,6 +370,16 @@ mod tests {
             assert!(Credentials::parse(wrong).is_err(), "{wrong:?}");
         }
         assert_eq!(format!("{:?}", basic("joe", "secret")), "basic");
+    }
+
+    #[test]
+    fn a_location_is_followed_by_our_way_to_the_registry() {
+        assert_eq!(
+            local("https://hub.example:5000/v2/a/blobs/uploads/1?_state=x"),
+            "/v2/a/blobs/uploads/1?_state=x"
+        );
+        assert_eq!(local("/v2/a?b=c://d"), "/v2/a?b=c://d");
+        assert_eq!(local("http://hub.example"), "/");
     }
 
     #[test]

@@ -3,15 +3,19 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, openat2, statat};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::{Error, Result};
+use crate::layout::REGISTRY_DIR;
 use crate::registry_config::{self, StoreArgument};
 
 /// What matters of a registry.
@@ -24,6 +28,8 @@ pub(super) struct Facts {
     pub(super) read_only: bool,
     /// It is a pull-through cache.
     pub(super) proxy: bool,
+    /// It is known not to delete.
+    pub(super) refuses_delete: bool,
     /// Where it answers.
     pub(super) url: Option<String>,
 }
@@ -31,7 +37,14 @@ pub(super) struct Facts {
 impl Facts {
     /// The worst.
     pub(super) fn unknown() -> Facts {
-        Facts { remembers: true, remembers_for_ever: false, read_only: false, proxy: false, url: None }
+        Facts {
+            remembers: true,
+            remembers_for_ever: false,
+            read_only: false,
+            proxy: false,
+            refuses_delete: false,
+            url: None,
+        }
     }
 
     /// What a configuration says.
@@ -41,6 +54,7 @@ impl Facts {
             remembers_for_ever: config.descriptor_cache.as_deref().is_some_and(|cache| cache != "inmemory"),
             read_only: config.read_only == Some(true),
             proxy: config.proxy != Some(false),
+            refuses_delete: config.delete_enabled == Some(false),
             url: config.url.clone(),
         }
     }
@@ -50,8 +64,8 @@ impl Facts {
 pub(super) struct Process {
     pid: u32,
     command: String,
-    /// What it was started with; `None` where that can't be known.
-    config: Option<StoreArgument>,
+    /// What it was started with; why that can't be known, otherwise.
+    config: std::result::Result<StoreArgument, String>,
 }
 
 impl fmt::Display for Process {
@@ -63,18 +77,20 @@ impl fmt::Display for Process {
 impl Process {
     /// What matters of it; where it can't be known, the worst.
     pub(super) fn facts(&self) -> Facts {
-        match &self.config {
-            Some(config) => Facts::of(config),
-            None => Facts::unknown(),
-        }
+        self.config.as_ref().map_or_else(|_| Facts::unknown(), Facts::of)
     }
 
     /// What it has to do with the storage.
-    pub(super) fn relation(&self) -> &'static str {
-        match self.config {
-            Some(_) => "serves this storage",
-            None => "is a registry whose configuration can't be known from here",
+    pub(super) fn relation(&self) -> String {
+        match &self.config {
+            Ok(_) => "serves this storage".to_string(),
+            Err(why) => format!("may serve this storage: {why}"),
         }
+    }
+
+    /// Why nobody knows what it serves, in words, if so.
+    pub(super) fn doubt(&self) -> Option<String> {
+        self.config.is_err().then(|| format!("{self} {}", self.relation()))
     }
 }
 
@@ -83,63 +99,143 @@ impl Process {
 /// # Errors
 /// There is no telling: the storage or the table of processes can't be looked at.
 pub(super) fn serving(root: &Path) -> Result<Vec<Process>> {
-    let own = fs::metadata(root).map_err(|e| Error::io("look at", root, e))?;
+    let look = |path: &Path| identity(&fs::metadata(path)?);
+    let own = Own {
+        root: look(root).map_err(|e| Error::io("look at", root, e))?,
+        registry: look(&root.join(REGISTRY_DIR)).ok(),
+    };
     let processes = Path::new("/proc");
     let entries = fs::read_dir(processes).map_err(|e| Error::io("look for registries in", processes, e))?;
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    Ok(pids.filter_map(|pid| process(pid, (own.dev(), own.ino()))).collect())
+    Ok(pids.filter_map(|pid| process(pid, &own)).collect())
+}
+
+/// What tells the storage from others: device and inode of the storage root and of the registry directory, for either may
+/// be a mount of its own for a registry.
+struct Own {
+    root: (u64, u64),
+    registry: Option<(u64, u64)>,
+}
+
+fn identity(metadata: &fs::Metadata) -> io::Result<(u64, u64)> {
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 /// The registry with that number if it serves the storage, or may. One that ends meanwhile does not.
-fn process(pid: u32, own: (u64, u64)) -> Option<Process> {
+fn process(pid: u32, own: &Own) -> Option<Process> {
     let place = PathBuf::from(format!("/proc/{pid}"));
     let words = split(&fs::read(place.join("cmdline")).ok()?);
-    let name = Path::new(words.first()?).file_name()?;
     let serve = words.iter().position(|word| word == "serve")?;
-    // `registry serve /etc/…`, `docker-registry serve …`, `registry_DO_NOT_USE_GC serve …`; not a wrapper that starts one.
-    if !name.to_string_lossy().contains("registry") {
+    // `registry serve /etc/…`, `docker-registry serve …`, `registry_DO_NOT_USE_GC serve …`, or run by a loader or an emulator.
+    let is_registry =
+        |name: &Path| name.file_name().is_some_and(|n| n.to_string_lossy().contains("registry"));
+    let program = fs::read_link(place.join("exe")).ok();
+    if !words[..serve].iter().map(Path::new).chain(program.as_deref()).any(is_registry) {
         return None;
     }
     let command = words.join(OsStr::new(" ")).to_string_lossy().into_owned();
-    let unknown = Process { pid, command, config: None };
-    let Ok(environ) = fs::read(place.join("environ")) else {
-        return place.exists().then_some(unknown);
-    };
-    let environment: HashMap<OsString, OsString> = split(&environ)
-        .into_iter()
-        .filter_map(|pair| {
-            let at = pair.as_bytes().iter().position(|byte| *byte == b'=')?;
-            let (key, value) = pair.as_bytes().split_at(at);
-            Some((OsStr::from_bytes(key).to_os_string(), OsStr::from_bytes(value.get(1..)?).to_os_string()))
-        })
-        .collect();
-    let variable = |name: &str| environment.get(OsStr::new(name)).cloned();
-    let path = words.get(serve + 1).cloned().or_else(|| variable("REGISTRY_CONFIGURATION_PATH"));
-    let inside = |path: &Path| match path.strip_prefix("/") {
-        Ok(path) => place.join("root").join(path),
-        Err(_) => place.join("cwd").join(path),
-    };
-    let Some(path) = path.map(|path| inside(Path::new(&path))) else { return Some(unknown) };
-    let Ok(config) = registry_config::resolve(&path, &variable) else {
-        // It may store elsewhere than on a filesystem, or with another configuration by now.
-        return place.exists().then_some(unknown).filter(|_| may_store_here(&path));
-    };
-    let Ok(root) = fs::metadata(inside(&config.storage_root)) else {
-        return None;
-    };
-    if (root.dev(), root.ino()) != own {
-        return None;
+    match serves(&place, words.get(serve + 1), own) {
+        Ok(Serves::Other) => None,
+        Ok(Serves::This(config)) => Some(Process { pid, command, config: Ok(*config) }),
+        Ok(Serves::MayBe(why)) => Some(Process { pid, command, config: Err(why) }),
+        Err(e) => {
+            let why = format!("what it was started with can't be read from here ({e})");
+            place.exists().then_some(Process { pid, command, config: Err(why) })
+        }
     }
-    let written = fs::metadata(&path).and_then(|meta| meta.modified()).ok();
-    let is_its_own = written.zip(started(&place)).is_some_and(|(written, started)| written <= started);
-    Some(Process { config: is_its_own.then_some(config), ..unknown })
 }
 
-/// Whether a configuration that could not be understood may mean a storage on a filesystem.
-fn may_store_here(path: &Path) -> bool {
-    // A driver that is named and is no filesystem stores elsewhere.
-    let Ok(text) = fs::read_to_string(path) else { return true };
-    text.contains("filesystem")
+/// What a registry serves.
+enum Serves {
+    /// The storage, with that configuration.
+    This(Box<StoreArgument>),
+    /// Another one.
+    Other,
+    /// Nobody can tell, and why.
+    MayBe(String),
+}
+
+/// What the registry below `place` serves, with the configuration that its command line names; an error counts as one
+/// that may serve the storage.
+fn serves(place: &Path, named: Option<&OsString>, own: &Own) -> io::Result<Serves> {
+    let environment: HashMap<OsString, OsString> =
+        split(&fs::read(place.join("environ"))?).into_iter().filter_map(|pair| variable(&pair)).collect();
+    let variable = |name: &str| environment.get(OsStr::new(name)).cloned();
+    let Some(path) = named.cloned().or_else(|| variable("REGISTRY_CONFIGURATION_PATH")) else {
+        return Ok(Serves::MayBe("it names no config.yml".to_string()));
+    };
+    let (directory, inside) = base(place, Path::new(&path))?;
+    let file = open_in(&directory, &inside)?;
+    if !is_as_at_start(place, &directory, &inside, &file)? {
+        let file = Path::new(&path).display();
+        return Ok(Serves::MayBe(format!(
+            "{file} was changed after it began, so what it does is unknown; start it again"
+        )));
+    }
+    let opened = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let Ok(config) = registry_config::resolve(&opened, &variable) else {
+        let text = fs::read_to_string(&opened)?;
+        // A driver that is named and is no filesystem stores elsewhere.
+        let is_on_disk = text.contains("filesystem") || environment.keys().any(|name| is_of_storage(name));
+        let why = || format!("{} can't be understood", Path::new(&path).display());
+        return Ok(if is_on_disk { Serves::MayBe(why()) } else { Serves::Other });
+    };
+    let (directory, inside) = base(place, &config.storage_root)?;
+    let root = match open_in(&directory, &inside) {
+        // It has not stored anything yet.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Serves::Other),
+        root => root?,
+    };
+    let registry = match open_in(&directory, &inside.join(REGISTRY_DIR)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        registry => Some(identity(&registry?.metadata()?)?),
+    };
+    let is_this = identity(&root.metadata()?)? == own.root || registry.is_some() && registry == own.registry;
+    Ok(if is_this { Serves::This(Box::new(config)) } else { Serves::Other })
+}
+
+fn is_of_storage(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(b"REGISTRY_STORAGE")
+}
+
+/// `name=value`
+fn variable(pair: &OsStr) -> Option<(OsString, OsString)> {
+    let at = pair.as_bytes().iter().position(|byte| *byte == b'=')?;
+    let (name, value) = pair.as_bytes().split_at(at);
+    Some((OsStr::from_bytes(name).to_os_string(), OsStr::from_bytes(value.get(1..)?).to_os_string()))
+}
+
+/// The directory that `path` is relative to for a process, and the rest of it.
+fn base(place: &Path, path: &Path) -> io::Result<(File, PathBuf)> {
+    let (base, inside) = match path.strip_prefix("/") {
+        Ok(inside) => ("root", inside),
+        Err(_) => ("cwd", path),
+    };
+    let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
+    Ok((File::open(place.join(base))?, inside.to_path_buf()))
+}
+
+/// Opens what a process would open: a symlink in it leads to where it leads for the process, never out of its root.
+fn open_in(directory: &File, path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    Ok(openat2(directory, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?.into())
+}
+
+/// Whether a configuration is what it was when the process began: neither the file nor the name was changed since. Its
+/// content may be older than that in another place, which the time of the last change of the inode tells.
+fn is_as_at_start(place: &Path, directory: &File, path: &Path, file: &File) -> io::Result<bool> {
+    let name = statat(directory, path, AtFlags::SYMLINK_NOFOLLOW)?;
+    let metadata = file.metadata()?;
+    let name_changed = (name.st_ctime, i64::try_from(name.st_ctime_nsec).unwrap_or(i64::MAX));
+    let changes =
+        [(metadata.mtime(), metadata.mtime_nsec()), (metadata.ctime(), metadata.ctime_nsec()), name_changed];
+    let Some(started) = started(place) else { return Ok(false) };
+    let started = started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let is_before = |(seconds, nanos): (i64, i64)| match (u64::try_from(seconds), u32::try_from(nanos)) {
+        (Ok(seconds), Ok(nanos)) => Duration::new(seconds, nanos) <= started,
+        _ => false,
+    };
+    Ok(changes.into_iter().all(is_before))
 }
 
 fn split(text: &[u8]) -> Vec<OsString> {

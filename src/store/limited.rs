@@ -7,10 +7,16 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::{Entry, Reader, Space, Stat, Store};
 use crate::error::{Error, Result};
+use crate::progress::Progress;
+
+/// How soon a run that was told to stop does.
+const STOPS_WITHIN: Duration = Duration::from_millis(100);
 
 /// Passes calls on, so many in a second at most; whoever comes too early waits.
 pub struct Limited<'a> {
     inner: &'a dyn Store,
+    /// A run that was told to stop waits no more.
+    progress: &'a dyn Progress,
     /// Between two calls.
     pause: Duration,
     /// When the next call may be made.
@@ -19,8 +25,13 @@ pub struct Limited<'a> {
 
 impl<'a> Limited<'a> {
     /// At most `rate` calls in a second.
-    pub fn new(inner: &'a dyn Store, rate: u32) -> Limited<'a> {
-        Limited { inner, pause: Duration::from_secs(1) / rate.max(1), next: Mutex::new(Instant::now()) }
+    pub fn new(inner: &'a dyn Store, rate: u32, progress: &'a dyn Progress) -> Limited<'a> {
+        Limited {
+            inner,
+            progress,
+            pause: Duration::from_secs(1) / rate.max(1),
+            next: Mutex::new(Instant::now()),
+        }
     }
 
     fn turns(&self, count: usize) -> &dyn Store {
@@ -31,7 +42,13 @@ impl<'a> Limited<'a> {
             *next = until + self.pause * u32::try_from(count).unwrap_or(u32::MAX);
             until
         };
-        std::thread::sleep(until.saturating_duration_since(now));
+        while !self.progress.is_stopped() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            std::thread::sleep(left.min(STOPS_WITHIN));
+        }
         self.inner
     }
 
@@ -121,12 +138,13 @@ impl Store for Limited<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::progress::Unwatched;
     use crate::store::memory::Memory;
 
     #[test]
     fn calls_are_made_one_after_the_other() {
         let memory = Memory::default();
-        let limited = Limited::new(&memory, 1000);
+        let limited = Limited::new(&memory, 1000, &Unwatched);
         let began = Instant::now();
         std::thread::scope(|scope| {
             for _ in 0..4 {

@@ -33,6 +33,10 @@ pub struct Stage {
     pub fenced_at: Option<Moment>,
     /// When the last of the bytes was here; `None` before that.
     pub quarantined_at: Option<Moment>,
+    /// A registry did not answer when it was told to forget, and may yet do what it was told: it may remove a link that
+    /// comes back, so that one leaves a copy here; and it has to be told once more.
+    #[serde(default)]
+    pub is_unanswered: bool,
     /// Which blobs it is about; those that came back are not among them.
     pub blobs: Vec<Digest>,
 }
@@ -52,7 +56,7 @@ pub enum Step {
 impl Stage {
     /// One that begins.
     pub fn begin(drain: Duration, links_until: SystemTime, blobs: Vec<Digest>) -> Stage {
-        Stage { drain, links_until, fenced_at: None, quarantined_at: None, blobs }
+        Stage { drain, links_until, fenced_at: None, quarantined_at: None, is_unanswered: false, blobs }
     }
 
     /// Where it stands.

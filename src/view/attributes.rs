@@ -55,6 +55,7 @@ impl View<'_> {
             Node::ControlGc
             | Node::ControlTrash
             | Node::ControlRefresh
+            | Node::ControlStop
             | Node::ControlStatus
             | Node::ControlLog => {
                 let mode = if self.settings.read_only { 0o400 } else { 0o600 };

@@ -13,7 +13,8 @@ use crate::trash::Selection;
 pub const GC_GRAMMAR: &str = "dry-run | sweep [untagged[=7d]] [repository=GLOB] [uploads=7d] [referrers=orphans] [repair] [thorough] \
      [grace=24h] [drain=10m] [keep=7d] [rate=N] [registry-stopped [force]] [now] | stop, with an optional & at the end";
 /// What `control/trash` understands.
-pub const TRASH_GRAMMAR: &str = "undo <transaction> | purge [<transaction>|older=7d]";
+pub const TRASH_GRAMMAR: &str =
+    "undo <transaction> | purge [<transaction>|older=7d] [registry-stopped [force]]";
 
 /// A command to `control/gc`.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,9 +31,12 @@ pub enum GcCommand {
 pub enum TrashCommand {
     /// Give a transaction back.
     Undo(String),
-    /// Free what these hold.
-    Purge(Selection),
+    /// Free what these hold; what was said of registries.
+    Purge(Selection, Said),
 }
+
+/// For ever; added to a clock, it does not leave what that can show.
+const LONGEST: Duration = Duration::from_secs(100 * 366 * 24 * 3600);
 
 /// Reads a duration such as `24h`, `7d`, `1h30m`, `0`.
 pub fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
@@ -41,6 +45,7 @@ pub fn parse_duration(text: &str) -> std::result::Result<Duration, String> {
         _ => humantime::parse_duration(text)
             .map_err(|e| format!("{text:?} is no duration ({e}); write for example 24h, 7d or 0")),
     }
+    .map(|duration| duration.min(LONGEST))
 }
 
 /// Reads the names of repositories: `*` and `?` stand for anything but a slash, `**` for any number of components.
@@ -125,29 +130,30 @@ pub fn parse_gc(text: &str, defaults: &Options) -> Result<GcCommand> {
             _ => parse_option(word, &mut options).map_err(wrong)?,
         }
     }
-    let said = match (is_stopped, is_sure) {
-        (false, false) => Said::Nothing,
-        (true, false) => Said::Stopped,
-        (true, true) => Said::StoppedForSure,
-        (false, true) => return Err(wrong("force belongs to registry-stopped".to_string())),
-    };
-    Ok(GcCommand::Run(options, said, background))
+    if is_sure && !is_stopped {
+        return Err(wrong("force belongs to registry-stopped".to_string()));
+    }
+    Ok(GcCommand::Run(options, Said::of(is_stopped, is_sure), background))
 }
 
 /// Reads what was written to `control/trash`.
 pub fn parse_trash(text: &str) -> Result<TrashCommand> {
     let wrong = |why: String| Error::invalid(format!("{why}; understood is: {TRASH_GRAMMAR}"));
-    let words: Vec<&str> = text.split_whitespace().collect();
+    let mut words: Vec<&str> = text.split_whitespace().collect();
+    let is_purge = words.first() == Some(&"purge");
+    let is_sure = is_purge && words.pop_if(|word| *word == "force").is_some();
+    let is_stopped = is_purge && words.pop_if(|word| *word == "registry-stopped").is_some();
+    if is_sure && !is_stopped {
+        return Err(wrong("force belongs behind registry-stopped".to_string()));
+    }
+    let purge = |selection| Ok(TrashCommand::Purge(selection, Said::of(is_stopped, is_sure)));
     match words.as_slice() {
         ["undo", id] => Ok(TrashCommand::Undo(id.to_string())),
-        ["purge"] => Ok(TrashCommand::Purge(Selection::All)),
+        ["purge"] => purge(Selection::All),
         ["purge", word] => match word.split_once('=') {
-            Some(("older", age)) => {
-                let age = parse_duration(age).map_err(wrong)?;
-                Ok(TrashCommand::Purge(Selection::Older(age)))
-            }
+            Some(("older", age)) => purge(Selection::Older(parse_duration(age).map_err(wrong)?)),
             Some((key, _)) => Err(wrong(format!("unknown word {key:?}"))),
-            None => Ok(TrashCommand::Purge(Selection::One(word.to_string()))),
+            None => purge(Selection::One(word.to_string())),
         },
         [] => Err(wrong("empty command".to_string())),
         [other, ..] => Err(wrong(format!("cannot read {:?}, which begins with {other:?}", words.join(" ")))),
@@ -172,7 +178,7 @@ mod tests {
             now: true,
             grace: Duration::ZERO,
             keep: Duration::from_secs(3600),
-            ..Options::default()
+            ..defaults.clone()
         };
         assert_eq!(run("sweep now untagged grace=0 keep=1h &"), (all.clone(), true));
         assert_eq!(run("sweep keep=1h grace=0 untagged now&"), (all, true));
@@ -229,11 +235,28 @@ mod tests {
     #[test]
     fn trash_commands_name_transactions() {
         assert_eq!(parse_trash("undo x\n").unwrap(), TrashCommand::Undo("x".into()));
-        assert_eq!(parse_trash("purge").unwrap(), TrashCommand::Purge(Selection::All));
-        assert_eq!(parse_trash("purge x").unwrap(), TrashCommand::Purge(Selection::One("x".into())));
+        assert_eq!(parse_trash("purge").unwrap(), TrashCommand::Purge(Selection::All, Said::Nothing));
+        assert_eq!(
+            parse_trash("purge x").unwrap(),
+            TrashCommand::Purge(Selection::One("x".into()), Said::Nothing)
+        );
         let older = Selection::Older(Duration::from_secs(60));
-        assert_eq!(parse_trash("purge older=1m").unwrap(), TrashCommand::Purge(older));
-        for wrong in ["", "undo", "undo a b", "purge a b", "purge younger=1d", "older=7d", "purge older=x"] {
+        assert_eq!(parse_trash("purge older=1m").unwrap(), TrashCommand::Purge(older.clone(), Said::Nothing));
+        let both = parse_trash("purge older=1m registry-stopped force").unwrap();
+        assert_eq!(both, TrashCommand::Purge(older, Said::StoppedForSure));
+        let all = parse_trash("purge registry-stopped").unwrap();
+        assert_eq!(all, TrashCommand::Purge(Selection::All, Said::Stopped));
+        for wrong in [
+            "",
+            "undo",
+            "undo a b",
+            "purge a b",
+            "purge younger=1d",
+            "older=7d",
+            "purge older=x",
+            "purge force",
+            "undo x force",
+        ] {
             assert_eq!(parse_trash(wrong).unwrap_err().errno(), libc::EINVAL, "{wrong:?}");
         }
     }

@@ -215,6 +215,8 @@ nodes! {
     58 WhyText(digest: DigestId),
     /// `reachability/unreachable/state`
     59 States,
+    /// `control/stop`
+    60 ControlStop,
 }
 
 /// What a node is to `stat(2)`.

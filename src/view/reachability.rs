@@ -123,8 +123,9 @@ impl View<'_> {
 }
 
 impl View<'_> {
-    /// Where each unreferenced blob stands, beside registries that are dealt with by `gate`.
-    pub fn standings(&self, gate: Gate) -> Result<Vec<Standing>> {
+    /// Where each unreferenced blob stands, beside registries that are dealt with by `gate`; the last sweep looked at
+    /// `swept_at`.
+    pub fn standings(&self, gate: Gate, swept_at: Option<SystemTime>) -> Result<Vec<Standing>> {
         let Settings { grace, drain, keep, .. } = *self.settings;
         let options = Options { grace, drain, keep, gate, ..Options::default() };
         let policy = Policy::new(&options, SystemTime::now());
@@ -134,14 +135,14 @@ impl View<'_> {
             bytes: c.bytes,
             old_at: policy.eligible_at(c.last_used),
         });
-        state::all(self.store, &self.snapshot.catalog.tables, unreferenced, &options, policy.now)
+        state::all(self.store, &self.snapshot.catalog.tables, unreferenced, &options, policy.now, swept_at)
     }
 
     /// From when on a sweep takes the next step with an unreferenced blob; `None` for others.
     pub(super) fn moves_on(&self, id: DigestId) -> Option<SystemTime> {
         self.snapshot.candidate(self.store, id)?;
         let all = self.snapshot.moves_on.get_or_init(|| {
-            let standings = self.standings(Gate::Off).unwrap_or_else(|e| {
+            let standings = self.standings(Gate::Off, None).unwrap_or_else(|e| {
                 log::warn!("could not look at how far garbage is: {e}");
                 Vec::new()
             });

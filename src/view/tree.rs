@@ -240,6 +240,7 @@ impl View<'_> {
                 entry("gc", Node::ControlGc),
                 entry("log", Node::ControlLog),
                 entry("refresh", Node::ControlRefresh),
+                entry("stop", Node::ControlStop),
                 entry("status", Node::ControlStatus),
                 entry("trash", Node::ControlTrash),
             ]),
@@ -498,6 +499,7 @@ impl View<'_> {
             | Node::ControlGc
             | Node::ControlTrash
             | Node::ControlRefresh
+            | Node::ControlStop
             | Node::ControlStatus
             | Node::ControlLog => Some(Type::File),
             _ => Some(Type::Directory),

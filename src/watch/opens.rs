@@ -45,7 +45,13 @@ impl Opens {
     /// which stays. For root only.
     pub fn through(directory: &Path, storage: &Path) -> Result<Opens> {
         let failed = |e: io::Error| Error::io("guard what is opened through", directory, e);
-        let directory = directory.canonicalize().map_err(failed)?;
+        let directory = directory.canonicalize().map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => Error::invalid(format!(
+                "{} does not exist; make that directory, for the registry to work in",
+                directory.display()
+            )),
+            _ => failed(e),
+        })?;
         if !is_mount_of(&directory, storage)? {
             bind(&directory, storage)?;
         }
@@ -114,7 +120,8 @@ fn is_mount_of(directory: &Path, storage: &Path) -> Result<bool> {
     match there.stx_mnt_id != own.stx_mnt_id {
         true => Ok(true),
         false => Err(Error::invalid(format!(
-            "{} is the storage itself; a guard takes another directory, through which the registry works (its rootdirectory)",
+            "{} is the storage itself; give that as STORE (not a config.yml that names the guarded directory), and as the \
+             guarded directory another one, which is the rootdirectory of the registry",
             directory.display()
         ))),
     }

@@ -76,8 +76,11 @@ impl Mount {
         String::from_utf8_lossy(&content).into_owned()
     }
 
-    /// Writes a command to a control file; a sweep as if no registry ran, unless it says otherwise.
+    /// Writes a command to a control file; a sweep or a purge as if no registry ran, unless it says otherwise.
     pub(crate) fn control(&self, file: &str, command: &str) -> io::Result<()> {
+        if command.starts_with("purge") {
+            return self.tell(file, &format!("{command} registry-stopped force"));
+        }
         match command.strip_prefix("sweep").filter(|rest| !rest.contains("registry-stopped")) {
             Some(rest) => self.tell(file, &format!("sweep registry-stopped force{rest}")),
             None => self.tell(file, command),

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -27,7 +28,43 @@ pub(crate) struct Registry {
     cache: bool,
     /// Somebody else's storage, if it is not its own.
     storage: Option<PathBuf>,
+    /// Variables of its environment.
+    environment: Vec<(&'static str, &'static str)>,
+    /// Goes after the process has ended.
+    present: Box<dyn Send + Sync>,
     dir: TempDir,
+}
+
+/// Registries of this process, and whether one is to be the only one.
+static PRESENT: (Mutex<(usize, bool)>, Condvar) = (Mutex::new((0, false)), Condvar::new());
+
+/// Whoever lets a registry run whose configuration can't be known keeps every sweep on this machine waiting; so tests that
+/// do are alone.
+struct Present;
+
+impl Present {
+    fn new() -> Present {
+        let (count, changed) = &PRESENT;
+        changed.wait_while(count.lock().unwrap(), |(_, is_alone)| *is_alone).unwrap().0 += 1;
+        Present
+    }
+}
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        PRESENT.0.lock().unwrap().0 -= 1;
+        PRESENT.1.notify_all();
+    }
+}
+
+/// No other registry of this process runs until this is dropped.
+struct Alone;
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        PRESENT.0.lock().unwrap().1 = false;
+        PRESENT.1.notify_all();
+    }
 }
 
 impl Registry {
@@ -43,7 +80,15 @@ impl Registry {
 
     /// Starts one that keeps everything in `dir`.
     pub(crate) fn start_in(dir: TempDir, cache: bool) -> Registry {
-        let mut registry = Registry { process: None, port: 0, cache, storage: None, dir };
+        let mut registry = Registry {
+            process: None,
+            port: 0,
+            cache,
+            storage: None,
+            environment: Vec::new(),
+            present: Box::new(Present::new()),
+            dir,
+        };
         // The whole tree is there from the start, as after a first push.
         fs::create_dir_all(registry.store().join("docker/registry/v2/repositories")).unwrap();
         fs::create_dir_all(registry.store().join("docker/registry/v2/blobs")).unwrap();
@@ -59,6 +104,15 @@ impl Registry {
     /// Where it listens, on 127.0.0.1.
     pub(crate) fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Waits until no other registry of this process runs, and lets none begin before this one has ended.
+    pub(crate) fn alone(&mut self) {
+        self.present = Box::new(());
+        let (count, changed) = &PRESENT;
+        let is_taken = |state: &mut (usize, bool)| *state != (0, false);
+        changed.wait_while(count.lock().unwrap(), is_taken).unwrap().1 = true;
+        self.present = Box::new(Alone);
     }
 
     /// The process.
@@ -80,9 +134,23 @@ impl Registry {
         panic!("docker-registry did not start: {}", fs::read_to_string(self.log()).unwrap());
     }
 
+    /// Starts it again with a variable in its environment.
+    pub(crate) fn set_variable(&mut self, name: &'static str, value: &'static str) {
+        self.environment.push((name, value));
+        self.restart();
+    }
+
     /// Starts one on a storage that is there.
     pub(crate) fn start_at(storage: PathBuf, cache: bool) -> Registry {
-        let mut registry = Registry { process: None, port: 0, cache, storage: Some(storage), dir: scratch() };
+        let mut registry = Registry {
+            process: None,
+            port: 0,
+            cache,
+            storage: Some(storage),
+            environment: Vec::new(),
+            present: Box::new(Present::new()),
+            dir: scratch(),
+        };
         registry.restart();
         registry
     }
@@ -149,6 +217,7 @@ impl Registry {
         let mut process = clean("setpriv")
             .args(["--pdeathsig", "KILL", "docker-registry", "serve"])
             .arg(self.config())
+            .envs(self.environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)

@@ -129,19 +129,28 @@ pub(crate) fn gc_command(bytes: &[u8]) {
 /// `parse_trash`: as [`gc_command`]; and "all" is purged only when nothing else was said.
 pub(crate) fn trash_command(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
-    let words: Vec<&str> = text.split_whitespace().collect();
-    match parse_trash(&text) {
+    let mut words: Vec<&str> = text.split_whitespace().collect();
+    let command = parse_trash(&text);
+    if let Ok(TrashCommand::Purge(_, said)) = &command {
+        let of_registries: &[&str] = match said {
+            Said::Nothing => &[],
+            Said::Stopped => &["registry-stopped"],
+            Said::StoppedForSure => &["registry-stopped", "force"],
+        };
+        assert_eq!(words.split_off(words.len() - of_registries.len()), of_registries);
+    }
+    match command {
         Err(e) => {
             assert_eq!(e.errno(), libc_einval());
             assert!(e.to_string().contains(TRASH_GRAMMAR), "{e}");
         }
         Ok(TrashCommand::Undo(id)) => assert_eq!(words, ["undo", id.as_str()]),
-        Ok(TrashCommand::Purge(Selection::All)) => assert_eq!(words, ["purge"]),
-        Ok(TrashCommand::Purge(Selection::One(id))) => {
+        Ok(TrashCommand::Purge(Selection::All, _)) => assert_eq!(words, ["purge"]),
+        Ok(TrashCommand::Purge(Selection::One(id), _)) => {
             assert_eq!(words, ["purge", id.as_str()]);
             assert!(!id.contains('='), "an option taken for a name: {id}");
         }
-        Ok(TrashCommand::Purge(Selection::Older(_))) => {
+        Ok(TrashCommand::Purge(Selection::Older(_), _)) => {
             assert!(words.len() == 2 && words[0] == "purge" && words[1].starts_with("older="), "{words:?}");
         }
     }

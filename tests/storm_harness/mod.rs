@@ -17,6 +17,7 @@ use crate::common::mount::Mount;
 use crate::common::random::Random;
 use crate::common::registry::{Registry, stock_garbage};
 use crate::common::run::{Bounded, clean, regfs};
+use crate::windows_harness::Bound;
 
 /// Threads that push.
 const CLIENTS: usize = 4;
@@ -30,6 +31,8 @@ const LAYERS: usize = 24;
 const TRIES: usize = 5;
 /// The waits of the collector.
 const TIMES: [&str; 6] = ["--grace", "500ms", "--drain", "500ms", "--keep", "1500ms"];
+/// What a registry before 3.1 answers while it writes a link.
+const HALF_WRITTEN: &str = "the manifest: 500";
 /// An image that does not pull for so long is broken for good.
 const FOR_GOOD: Duration = Duration::from_secs(3);
 
@@ -65,6 +68,8 @@ pub(crate) struct Storm {
     pub(crate) cache: bool,
     pub(crate) collector: Collector,
     pub(crate) trouble: Trouble,
+    /// The registry works in a bind mount that regfs guards.
+    pub(crate) is_guarded: bool,
     /// It is over when an image is broken for good.
     pub(crate) ends_when_broken: bool,
 }
@@ -72,7 +77,7 @@ pub(crate) struct Storm {
 impl Storm {
     pub(crate) fn new(seed: u64, duration: Duration) -> Storm {
         let (collector, trouble) = (Collector::Regfs, Trouble::default());
-        Storm { seed, duration, cache: false, collector, trouble, ends_when_broken: false }
+        Storm { seed, duration, cache: false, collector, trouble, is_guarded: false, ends_when_broken: false }
     }
 }
 
@@ -84,9 +89,13 @@ pub(crate) struct Figures {
     told_to_retry: usize,
     given_up: usize,
     pulls: usize,
+    /// Pulls that met a link which was just being written.
+    half_written: usize,
     /// Pulls that failed for a moment, and the longest of them.
     pub(crate) broken_for_a_moment: usize,
     longest: Duration,
+    /// What was wrong with the first of them.
+    first_broken: Option<String>,
     /// Those that failed until something else was pushed in that place.
     broken_until_replaced: usize,
     pub(crate) broken_for_good: usize,
@@ -127,7 +136,7 @@ impl fmt::Display for Figures {
         write!(
             f,
             "{}: {:.0} s, {} pushes acknowledged (median {:.1} ms), {} told to retry, {} given up; {} pulls, {} broken \
-             for a moment, {} until replaced (longest {:?}), {} for more than {FOR_GOOD:?}; {} lost in the end; {} blobs purged, {} given \
+             for a moment, {} until replaced (longest {:?}), {} for more than {FOR_GOOD:?}; {} lost in the end; {} blobs purged ({:.0} a minute), {} given \
              back, {} left",
             self.name,
             self.seconds,
@@ -142,9 +151,11 @@ impl fmt::Display for Figures {
             self.broken_for_good,
             self.lost.len(),
             self.purged,
+            self.purged as f64 * 60.0 / self.seconds,
             self.given_back,
             self.left.len(),
-        )
+        )?;
+        self.first_broken.iter().try_for_each(|why| write!(f, "; the first that was broken: {why}"))
     }
 }
 
@@ -161,6 +172,8 @@ type Tags = BTreeMap<(&'static str, String), Option<Known>>;
 
 struct World {
     plan: Storm,
+    /// Where a guarded registry works.
+    place: Option<Bound>,
     /// Requests hold it for reading, a restart for writing.
     registry: RwLock<Registry>,
     mount: RwLock<Option<Mount>>,
@@ -173,11 +186,25 @@ struct World {
     version: AtomicUsize,
 }
 
+/// A mount that sweeps by itself.
+const SWEEPS: &[&str] = &["--sweep-every", "250ms"];
+
+/// The arguments of a mount that guards.
+fn arguments(place: &Bound) -> Vec<&str> {
+    [&TIMES[..], SWEEPS, &["--guard", place.bound.to_str().unwrap()]].concat()
+}
+
 /// Lets it happen.
 pub(crate) fn storm(plan: &Storm) -> Figures {
-    let registry = Registry::start_with(plan.cache);
+    let place = plan.is_guarded.then(Bound::new);
+    let guarded = place.as_ref().map(|place| place.mount(&arguments(place)));
+    let registry = match &place {
+        Some(place) => Registry::start_at(place.bound.clone(), plan.cache),
+        None => Registry::start_with(plan.cache),
+    };
     let mut world = World {
         plan: *plan,
+        place,
         registry: RwLock::new(registry),
         mount: RwLock::default(),
         is_over: AtomicBool::new(false),
@@ -188,7 +215,7 @@ pub(crate) fn storm(plan: &Storm) -> Figures {
         version: AtomicUsize::new(0),
     };
     if plan.collector == Collector::Regfs {
-        *world.mount.get_mut().unwrap() = Some(world.mount());
+        *world.mount.get_mut().unwrap() = guarded.or_else(|| Some(world.mount()));
     }
     let began = Instant::now();
     std::thread::scope(|scope| {
@@ -220,8 +247,11 @@ impl World {
     }
 
     fn mount(&self) -> Mount {
+        if let Some(place) = &self.place {
+            return place.mount(&arguments(place));
+        }
         let config = self.registry.read().unwrap().config();
-        Mount::with(&config, &[&TIMES[..], &["--sweep-every", "250ms"]].concat())
+        Mount::with(&config, &[&TIMES[..], SWEEPS].concat())
     }
 
     /// One request; `None` when the registry was not there.
@@ -415,6 +445,11 @@ fn pulls(world: &World) {
                 }
                 break;
             }
+            // 2.8 writes links in place, and answers 500 of one that it is just writing, whoever collects.
+            if pulled.as_ref().is_err_and(|why| why.starts_with(HALF_WRITTEN)) && began.elapsed() < FOR_GOOD {
+                world.count(|f| f.half_written += 1);
+                continue;
+            }
             let Err(why) = pulled else {
                 world.count(|f| {
                     f.pulls += 1;
@@ -425,6 +460,9 @@ fn pulls(world: &World) {
                 });
                 break;
             };
+            world.count(|f| {
+                f.first_broken.get_or_insert_with(|| format!("{reference}: {why}"));
+            });
             failed = Some(why);
             if began.elapsed() > FOR_GOOD {
                 world.count(|f| f.broken_for_good += 1);
@@ -533,7 +571,7 @@ impl World {
         registry.stop();
         if plan.collector == Collector::Regfs {
             // Manifests that a registry remembered go only without it.
-            let stopped = ["--registry-stopped", "--grace", "0", "--drain", "0", "--now"];
+            let stopped = ["--registry-stopped", "--grace", "0", "--drain", "0", "--keep", "0", "--now"];
             regfs(["gc"]).arg(registry.store()).args(stopped).outcome().exits(0);
             assert_eq!(transactions(&registry.store()).iter().filter(|id| id.contains("sweep")).count(), 0);
             figures.left = stock_garbage(&registry.config());

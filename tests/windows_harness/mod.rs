@@ -15,6 +15,7 @@ use regfs::watch::opens::Opens;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
 
+use crate::common::mount::Mount;
 use crate::common::registry::Registry;
 use crate::common::run::clean;
 use crate::common::{entries, scratch, wait_for};
@@ -37,6 +38,11 @@ impl Bound {
         }
         std::fs::create_dir(&bound).unwrap();
         Bound { storage, bound, dir }
+    }
+
+    /// Mounts the storage.
+    pub(crate) fn mount(&self, arguments: &[&str]) -> Mount {
+        Mount::with(&self.storage, arguments)
     }
 }
 

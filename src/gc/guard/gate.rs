@@ -7,6 +7,8 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::catalog::Catalog;
+use crate::catalog::intern::DigestId;
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::store::Store;
@@ -39,6 +41,17 @@ pub enum Said {
     StoppedForSure,
 }
 
+impl Said {
+    /// What the words registry-stopped and force say.
+    pub fn of(is_stopped: bool, is_sure: bool) -> Said {
+        match (is_stopped, is_sure) {
+            (false, _) => Said::Nothing,
+            (true, false) => Said::Stopped,
+            (true, true) => Said::StoppedForSure,
+        }
+    }
+}
+
 /// The registries that can be asked.
 #[derive(Clone)]
 pub struct Probe(pub Arc<dyn Registries>);
@@ -67,8 +80,9 @@ pub trait Registries: Send + Sync {
     /// remembers first, then the link, if there is any.
     fn forget(&self, repository: &Path, digest: &Digest) -> Result<()>;
 
-    /// Fails unless each of them is shown to write into this storage; `repository` is one that is there.
-    fn verify(&self, store: &dyn Store, repository: &Path) -> Result<()>;
+    /// Fails unless each of them is shown to write into this storage; `repository` is one that is there, and `witness` a
+    /// blob that it has.
+    fn verify(&self, store: &dyn Store, repository: &Path, witness: Option<&Digest>) -> Result<()>;
 }
 
 impl Gate {
@@ -87,6 +101,23 @@ impl Gate {
         *self != Gate::Stopped
     }
 
+    /// The same, if each registry that is to be asked is shown to serve this storage; otherwise one that takes nothing.
+    pub(in crate::gc) fn verified(&self, store: &dyn Store, catalog: &Catalog) -> Gate {
+        let Gate::Probe(probe) = self else { return self.clone() };
+        // One that has images: an upload in it changes nothing about what is garbage.
+        let valid = || catalog.repositories.values().filter(|r| r.is_valid);
+        let Some(repository) = valid().find(|r| !r.revisions.is_empty()).or_else(|| valid().next()) else {
+            return self.clone();
+        };
+        let named = repository.revisions.iter().flat_map(|revision| catalog.closure(revision.target));
+        let linked = |id: &DigestId| repository.layers.binary_search(id).is_ok() && catalog.has_blob(*id);
+        let witness = named.into_iter().find(linked).map(|id| catalog.digest(id));
+        match probe.0.verify(store, &repository.name, witness.as_ref()) {
+            Ok(()) => self.clone(),
+            Err(e) => Gate::Stop { why: e.to_string() },
+        }
+    }
+
     /// What nobody said anything about.
     pub fn unknown() -> Gate {
         Gate::Stop { why: UNKNOWN.to_string() }
@@ -103,7 +134,7 @@ impl fmt::Display for Gate {
             Gate::Stopped => f.write_str("no registry runs, or none can be written to"),
             Gate::Off => f.write_str("the registry remembers nothing (no cache.blobdescriptor)"),
             Gate::Probe(probe) => write!(f, "each registry is asked before a blob goes ({})", probe.0.name()),
-            Gate::Stop { why } => write!(f, "waiting for the registry: {why}"),
+            Gate::Stop { why } => write!(f, "held back: {why}"),
         }
     }
 }

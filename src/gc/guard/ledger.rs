@@ -13,7 +13,7 @@ use crate::catalog::Tables;
 use crate::catalog::intern::DigestId;
 use crate::clock::Moment;
 use crate::digest::Digest;
-use crate::error::Result;
+use crate::error::{Result, count};
 use crate::layout;
 use crate::store::Store;
 
@@ -48,6 +48,7 @@ impl Ledger {
             Err(e) => return Err(e),
         };
         let mut ledger = Ledger::default();
+        let (mut unread, mut first) = (0, None);
         for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
             match serde_json::from_slice::<Line>(line) {
                 Ok(Line { since, blobs }) => {
@@ -55,9 +56,17 @@ impl Ledger {
                     ledger.add(&since, known);
                 }
                 Err(e) => {
-                    log::warn!("{}: {e}: what it says is dead is so from now on", store.full(path).display())
+                    unread += 1;
+                    first.get_or_insert(e);
                 }
             }
+        }
+        if let Some(e) = first {
+            let (path, lines) = (store.full(path), count(unread, "line"));
+            log::warn!(
+                "{}: {lines} can't be read ({e}); what they say is dead is so from now on",
+                path.display()
+            );
         }
         Ok(ledger)
     }

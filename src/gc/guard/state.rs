@@ -75,14 +75,15 @@ pub struct Unreferenced {
     pub old_at: SystemTime,
 }
 
-/// Everything on its way out: `unreferenced` blobs in the store, and what the trash holds of sweeps; what was due at
-/// `now` and is no further waits for the registry.
+/// Everything on its way out at `now`: `unreferenced` blobs in the store, and what the trash holds of sweeps; what was due
+/// when a sweep looked at `swept_at` and is no further waits for the registry.
 pub fn all(
     store: &dyn Store,
     tables: &Tables,
     unreferenced: impl Iterator<Item = Unreferenced>,
     options: &Options,
     now: SystemTime,
+    swept_at: Option<SystemTime>,
 ) -> Result<Vec<Standing>> {
     let mut found = Vec::new();
     let mut staged: HashSet<Digest> = HashSet::new();
@@ -134,7 +135,9 @@ pub fn all(
         };
         let state = match (&options.gate, next) {
             // With a probe these are manifests.
-            (Gate::Stop { .. } | Gate::Probe(_), Some(next)) if next <= now => State::WaitingForRegistry,
+            (Gate::Stop { .. } | Gate::Probe(_), Some(next)) if swept_at.is_some_and(|at| next <= at) => {
+                State::WaitingForRegistry
+            }
             _ => State::Candidate,
         };
         found.push(Standing { digest, bytes: Some(bytes), state, since, next, transaction: None });
@@ -188,8 +191,8 @@ impl Total {
             }
             State::WaitingForRegistry => match gate {
                 Gate::Probe(_) => format!(
-                    "waiting for the registry: {what}{bytes}; it may remember that they are manifests, so they go when it is \
-                     stopped"
+                    "waiting for the registry: {what}{bytes}, which may be a manifest that it remembers: taken by a run while it is \
+                     stopped (registry-stopped)"
                 ),
                 _ => format!("waiting for the registry: {what}{bytes}"),
             },

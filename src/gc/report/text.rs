@@ -303,7 +303,16 @@ impl Report {
             (Mode::Sweep, Some(id)) => {
                 let [purge, undo] = ["purge", "undo"].map(|command| place.trash(command, id));
                 if self.options.gate.is_beside() {
-                    writeln!(out, "next: a run when the time has come goes on")?;
+                    match self.next_step() {
+                        Some(wait) => {
+                            let at = timestamp(self.finished_at + wait + Duration::from_secs(1));
+                            writeln!(
+                                out,
+                                "next: the step after this is due at {at}; the first run after that takes it"
+                            )?;
+                        }
+                        None => writeln!(out, "next: later runs go on")?,
+                    }
                     return writeln!(out, "      {undo}  brings back what was taken");
                 }
                 let width = purge.len().max(undo.len());

@@ -1,0 +1,97 @@
+//! `control/status`: what a mounted registry is doing, as JSON.
+
+use std::sync::atomic::Ordering;
+
+use super::guarding::Guarded;
+use super::{Engine, locked};
+use crate::gc::guard::gate::Gate;
+use crate::gc::guard::state;
+use crate::gc::report::timestamp;
+
+/// What `control/status` says.
+#[derive(serde::Serialize)]
+struct Status {
+    /// `idle` or `running`: a collection.
+    state: &'static str,
+    /// What it is doing, how much of that is done, and of how much; 0 where that is not known.
+    phase: &'static str,
+    done: usize,
+    total: usize,
+    /// Bytes dealt with in this phase.
+    bytes: u64,
+    /// When the run began, RFC 3339, and how long ago that was; `null` when none runs.
+    started_at: Option<String>,
+    elapsed_seconds: Option<f64>,
+    /// How long this phase may yet take; `null` where that is not known.
+    eta_seconds: Option<f64>,
+    last_error: Option<String>,
+    pid: u32,
+    version: &'static str,
+    store: String,
+    read_only: bool,
+    repositories: usize,
+    manifests: usize,
+    blobs: usize,
+    problems: usize,
+    transactions: usize,
+    /// What sweeps rely on, as of the mount or the last sweep: `stopped`, `off`, `probe` or `stop`, and the same for people;
+    /// `null` before that is known.
+    gate: Option<&'static str>,
+    gate_reason: Option<String>,
+    /// How much garbage the last sweep left how far on its way out.
+    garbage: Vec<state::Total>,
+    /// When the next one begins by itself, RFC 3339; `null` where none does.
+    next_sweep: Option<String>,
+    /// What `--guard` has done; `null` without.
+    guard: Option<Guarded>,
+    /// `events`: the kernel tells of changes; `looks`: the storage is looked at when somebody looks here.
+    freshness: &'static str,
+    /// When the storage was last found changed, RFC 3339.
+    looked_at: String,
+    /// How long the last look took.
+    look_seconds: f64,
+}
+
+impl Engine {
+    /// The content of `control/status`.
+    pub(super) fn status(&self) -> String {
+        let snapshot = self.current();
+        let is_running = self.run.is_running.load(Ordering::Relaxed);
+        let cost = locked(&self.looked).cost;
+        let run = is_running.then(|| self.run.watched.look());
+        let (gate, sweep, next_sweep) = {
+            let reports = locked(&self.reports);
+            (reports.gate.clone(), reports.sweep.clone(), reports.next_sweep)
+        };
+        let status = Status {
+            state: if is_running { "running" } else { "idle" },
+            phase: run.map_or("", |r| r.phase),
+            done: run.map_or(0, |r| r.done),
+            total: run.map_or(0, |r| r.total),
+            bytes: run.map_or(0, |r| r.bytes),
+            started_at: run.map(|r| timestamp(r.started_at)),
+            elapsed_seconds: run.map(|r| r.elapsed.as_secs_f64()),
+            eta_seconds: run.and_then(|r| r.eta).map(|eta| eta.as_secs_f64()),
+            last_error: locked(&self.reports).last_error.clone(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION"),
+            store: self.store.full(std::path::Path::new("")).display().to_string(),
+            read_only: self.settings.read_only,
+            repositories: snapshot.catalog.repositories.len(),
+            manifests: snapshot.catalog.manifests.len(),
+            blobs: snapshot.catalog.blobs.len(),
+            problems: snapshot.catalog.problems.len(),
+            transactions: snapshot.trash.len(),
+            gate: gate.as_ref().map(Gate::word),
+            gate_reason: gate.as_ref().map(Gate::to_string),
+            garbage: sweep.map_or_else(Vec::new, |sweep| sweep.totals),
+            next_sweep: next_sweep.map(timestamp),
+            guard: locked(&self.guarded).clone(),
+            freshness: if self.is_watching() { "events" } else { "looks" },
+            looked_at: timestamp(snapshot.catalog.scanned_at),
+            look_seconds: cost.as_secs_f64(),
+        };
+        // Pretty-printing a value made here can't fail.
+        serde_json::to_string_pretty(&status).unwrap_or_default() + "\n"
+    }
+}
