@@ -249,8 +249,8 @@ moved, so it ended within the drain: the look before the purge finds its link, a
 
 What remains, and clients or administrators may see:
 
-- A client that asked before the fence and sends its manifest after it is told `400` (`MANIFEST_BLOB_UNKNOWN`) and begins
-  anew, as clients do.
+- A client that asked before the fence and sends its manifest after it is told `400` (`MANIFEST_BLOB_UNKNOWN`) and has
+  to begin anew.
 - Something that was just named may be in the trash until an event, or until the look back at the end of a run. That is
   so in a repository that had no link to the blob before: the look right after the bytes moved knows of no link there.
 - A request that takes longer than the drain and the time in the trash together between two of its steps: its own client
