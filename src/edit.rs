@@ -21,7 +21,7 @@ use crate::catalog::update::rescan;
 use crate::catalog::{Catalog, Effect, Keeps, Parsed, Repository, Tag};
 use crate::error::{Error, Result};
 use crate::layout;
-use crate::store::{self, Store};
+use crate::store::{self, Store, read_link};
 use crate::trash::Transaction;
 
 /// What goes.
@@ -214,12 +214,8 @@ fn take_in_order(
             continue;
         }
         let moved = transaction.path_of(&layout::tag_link(name, &tag_name));
-        let points_at = match store.read(&moved, layout::LINK_LIMIT) {
-            Ok(content) => content.and_then(|(text, _)| layout::parse_link(&text).ok()),
-            // A broken tag is removed like any other.
-            Err(e) if e.is_damage() => None,
-            Err(e) => return Err(e),
-        };
+        // A broken tag is removed like any other.
+        let points_at = read_link(store, &moved)?;
         if points_at != tag.target.map(|id| catalog.digest(id)) {
             return Err(Error::Changed { what: format!("tag {} of {}", tag_name.display(), name.display()) });
         }

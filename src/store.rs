@@ -21,7 +21,9 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::digest::Digest;
 use crate::error::{Error, Found, Result};
+use crate::layout;
 
 /// What a name stands for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -234,6 +236,14 @@ pub trait Store: Send + Sync {
 
     /// The full name of `path`, for messages.
     fn full(&self, path: &Path) -> PathBuf;
+}
+
+/// The digest that a link file holds; `None` where there is no file, or none that holds one.
+pub fn read_link(store: &dyn Store, path: &Path) -> Result<Option<Digest>> {
+    match store.read(path, layout::LINK_LIMIT) {
+        Err(e) if e.is_damage() => Ok(None),
+        content => Ok(content?.and_then(|(text, _)| layout::parse_link(&text).ok())),
+    }
 }
 
 /// Every file below `prefix`, depth first; symlinks and the like too, with their kind.

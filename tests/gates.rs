@@ -14,24 +14,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
+use common::beside::{A_STEP, TIMES, garbage_in, image, in_state, push, step_with};
 use common::check::{blob_path, sha256};
-use common::gc::{Report, gc_beside, transactions};
+use common::gc::{Report, transactions};
 use common::have;
 use common::http::request;
-use common::image::{Image, layer};
+use common::image::Image;
 use common::mount::Mount;
 use common::registry::Registry;
 use common::run::{Bounded, Outcome, clean, regfs};
 
 const NEEDS: &[&str] = &["docker-registry", "setpriv"];
-const TIMES: [&str; 6] = ["--grace", "50ms", "--drain", "50ms", "--keep", "100ms"];
-/// Longer than each of them.
-const A_STEP: Duration = Duration::from_millis(120);
-
-fn image(name: &str) -> Image {
-    Image::oci(name, &[layer("file", &format!("content of {name}"))])
-}
-
 /// The digest of the layer of an image.
 fn layer_of(image: &Image) -> String {
     sha256(&image.blobs[1])
@@ -44,43 +37,8 @@ fn garbage(cache: bool) -> (Registry, Image) {
     (registry, gone)
 }
 
-fn garbage_in(registry: &Registry) -> Image {
-    registry.push("app", Some("stays"), &image("stays"));
-    let gone = image("gone");
-    registry.push("app", Some("gone"), &gone);
-    registry.api("DELETE", &format!("app/manifests/{}", gone.digest()), &[], &[]).is(202);
-    gone
-}
-
-fn step(store: &Path, words: &[&str]) -> Report {
-    std::thread::sleep(A_STEP);
-    gc_beside(store, &[&TIMES[..], words].concat())
-}
-
 fn data_of(registry: &Registry, digest: &str) -> PathBuf {
     registry.store().join("docker/registry/v2").join(blob_path(digest))
-}
-
-fn in_state(report: &Report, state: &str) -> usize {
-    report.states.iter().filter(|s| s.state == state).map(|s| s.blobs).sum()
-}
-
-/// As docker does: asks, uploads what is not there, sends the manifest; begins anew when that is refused.
-fn push(registry: &Registry, repository: &str, tag: &str, image: &Image) {
-    for _ in 0..3 {
-        for blob in &image.blobs {
-            let path = format!("{repository}/blobs/{}", sha256(blob));
-            if registry.api("HEAD", &path, &[], &[]).status != 200 {
-                registry.push_blob(repository, blob);
-            }
-        }
-        let headers = [("Content-Type", image.media_type)];
-        let target = format!("{repository}/manifests/{tag}");
-        if registry.api("PUT", &target, &headers, &image.manifest).status == 201 {
-            return;
-        }
-    }
-    panic!("the push was refused three times");
 }
 
 /// `regfs gc` that was told that no registry runs, without being told to believe it.
@@ -202,16 +160,16 @@ fn a_registry_that_fails_once_in_the_fence_is_told_later() {
     });
     let url = proxy.url();
     let words = ["--registry", &url];
-    step(&registry.store(), &words);
+    step_with(&registry.store(), &words);
     std::thread::sleep(A_STEP);
     let fence = regfs(["gc"]).arg(registry.store()).args(TIMES).args(words).arg("--json").outcome().exits(3);
     assert!(Report::parse(&fence).failures[0].to_string().contains("503"), "{fence}");
     for _ in 0..8 {
-        step(&registry.store(), &words);
+        step_with(&registry.store(), &words);
     }
     assert!(!data_of(&registry, &layer_of(&gone)).exists());
     push(&registry, "app", "again", &gone);
-    step(&registry.store(), &words);
+    step_with(&registry.store(), &words);
     registry.restart();
     registry.pull("app:again");
 }
@@ -232,14 +190,14 @@ fn a_blob_that_was_deleted_through_one_registry_is_asked_for_at_the_other() {
     let urls = format!("http://127.0.0.1:{},http://127.0.0.1:{}", registry.port(), other.port());
     // Both of them, or nothing goes.
     let one = format!("http://127.0.0.1:{}", registry.port());
-    let report = step(&registry.store(), &["--registry", &one]);
+    let report = step_with(&registry.store(), &["--registry", &one]);
     assert!(report.gate == "stop" && report.gate_reason.contains("name each"), "{}", report.gate_reason);
     for _ in 0..8 {
-        step(&registry.store(), &["--registry", &urls]);
+        step_with(&registry.store(), &["--registry", &urls]);
     }
     assert!(!data_of(&registry, &layer_of(&gone)).exists());
     push(&other, "app", "again", &gone);
-    step(&registry.store(), &["--registry", &urls]);
+    step_with(&registry.store(), &["--registry", &urls]);
     for one in [&mut registry, &mut other] {
         one.restart();
         one.pull("app:again");
@@ -264,10 +222,10 @@ fn what_rm_took_is_not_purged_by_hand_while_a_registry_may_remember_it() {
     assert!(purge().exits(0).stdout.contains("a registry may remember"));
     assert_eq!(transactions(&registry.store()).len(), 1);
     for _ in 0..6 {
-        step(&registry.config(), &[]);
+        step_with(&registry.config(), &[]);
     }
     push(&registry, "gone", "again", &gone);
-    step(&registry.config(), &[]);
+    step_with(&registry.config(), &[]);
     registry.restart();
     registry.pull("gone:again");
     // Stopped, it remembers nothing.
@@ -292,7 +250,7 @@ fn nobody_is_told_to_forget_what_is_there_again() {
     // With uploads of all of it, so that links are there again.
     registry.push("gone", Some("1"), &one);
     for _ in 0..6 {
-        let report = step(&registry.config(), &[]);
+        let report = step_with(&registry.config(), &[]);
         assert!(report.restored.is_empty(), "a link was removed and came back: {:?}", report.restored);
         registry.pulls("gone:1").unwrap();
     }
@@ -322,7 +280,7 @@ fn an_image_whose_layer_is_a_manifest_that_rm_took_stays_whole() {
     std::thread::sleep(Duration::from_millis(1500));
     mount.unmount();
     for _ in 0..3 {
-        step(&registry.config(), &[]);
+        step_with(&registry.config(), &[]);
     }
     registry.restart();
     registry.pulls("app:holder").unwrap();
@@ -345,10 +303,10 @@ fn a_manifest_that_only_a_registry_can_read_stays_beside_it() {
         push(&registry, "app", "1", &one);
         registry.api("DELETE", &format!("app/manifests/{}", one.digest()), &[], &[]).is(202);
         for _ in 0..5 {
-            step(&registry.config(), &[]);
+            step_with(&registry.config(), &[]);
         }
         push(&registry, "app", "1", &one);
-        step(&registry.config(), &[]);
+        step_with(&registry.config(), &[]);
         registry.restart();
         let bytes = registry.manifest("app", "1").is(200).body;
         assert!(bytes == one.manifest, "{odd:?}");
@@ -373,7 +331,7 @@ fn a_config_that_was_put_in_place_after_the_start_is_not_believed() {
     std::thread::sleep(Duration::from_millis(200));
     fs::rename(&older, registry.config()).unwrap();
     for _ in 0..4 {
-        assert_eq!(step(&registry.store(), &[]).gate, "stop");
+        assert_eq!(step_with(&registry.store(), &[]).gate, "stop");
     }
     assert!(data_of(&registry, &layer_of(&gone)).exists());
     // One that names another storage by now may be that of this one.
@@ -390,11 +348,11 @@ fn variables_turn_a_cache_on() {
         return;
     }
     let (mut registry, _) = garbage(false);
-    assert_eq!(step(&registry.store(), &[]).gate, "off");
+    assert_eq!(step_with(&registry.store(), &[]).gate, "off");
     registry.set_variable("REGISTRY_STORAGE_CACHE_LAYERINFO", "inmemory");
-    assert_eq!(step(&registry.store(), &[]).gate, "probe");
+    assert_eq!(step_with(&registry.store(), &[]).gate, "probe");
     registry.set_variable("REGISTRY_STORAGE_CACHE", "{}");
-    assert_eq!(step(&registry.store(), &[]).gate, "probe", "the longer name wins");
+    assert_eq!(step_with(&registry.store(), &[]).gate, "probe", "the longer name wins");
 }
 
 #[test]
@@ -446,7 +404,7 @@ fn a_registry_that_calls_itself_by_a_name_that_leads_nowhere_is_asked_all_the_sa
     }
     let (mut registry, _) = garbage(true);
     registry.change_config(&|text| text.replace("http: {", "http: {host: 'http://nowhere.invalid:5000', "));
-    let report = step(&registry.config(), &[]);
+    let report = step_with(&registry.config(), &[]);
     assert_eq!(report.gate, "probe", "{}", report.gate_reason);
     let uploads = registry.store().join("docker/registry/v2/repositories/app/_uploads");
     assert_eq!(common::entries(&uploads), Vec::<PathBuf>::new());
@@ -462,7 +420,7 @@ fn a_registry_that_answers_nonsense_takes_nothing_and_the_report_says_what() {
         [(500, "500"), (401, "--registry-auth"), (403, "--registry-auth"), (302, "302"), (200, "200")]
     {
         let proxy = Proxy::of(&registry, move |method, _| (method != "GET").then_some(status));
-        let report = step(&registry.store(), &["--registry", &proxy.url()]);
+        let report = step_with(&registry.store(), &["--registry", &proxy.url()]);
         assert!(
             report.gate == "stop" && report.gate_reason.contains(says),
             "{status}: {}",
@@ -471,7 +429,7 @@ fn a_registry_that_answers_nonsense_takes_nothing_and_the_report_says_what() {
     }
     regfs(["gc", "--registry", "http://joe:secret@127.0.0.1:5000"]).arg(registry.store()).outcome().exits(2);
     for _ in 0..3 {
-        step(&registry.store(), &["--registry", "http://127.0.0.1:1"]);
+        step_with(&registry.store(), &["--registry", "http://127.0.0.1:1"]);
     }
     assert!(data_of(&registry, &layer_of(&gone)).exists());
 }
@@ -482,8 +440,8 @@ fn a_stage_that_is_damaged_ends_no_run_and_is_reported() {
         return;
     }
     let (registry, _) = garbage(false);
-    step(&registry.store(), &[]);
-    let fenced = step(&registry.store(), &[]);
+    step_with(&registry.store(), &[]);
+    let fenced = step_with(&registry.store(), &[]);
     assert_eq!(in_state(&fenced, "fenced"), 3);
     let id = common::gc::text(&fenced.transaction.expect("what is fenced is in a transaction"));
     let stage = registry.store().join("docker/registry/v2/.regfs/trash").join(&id).join("stage.json");

@@ -8,11 +8,11 @@ mod common;
 
 use std::fs;
 use std::io::Write;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::gc::{Report, gc_beside, transactions};
-use common::image::{Image, layer};
+use common::beside::{A_STEP, TIMES, garbage_in, image, in_state, step};
+use common::gc::{gc_beside, transactions};
+use common::image::Image;
 use common::mount::Mount;
 use common::registry::Registry;
 use common::run::{Bounded, regfs};
@@ -21,34 +21,11 @@ use online_harness::{Moments, pushed_at};
 
 const NEEDS: &[&str] = &["docker-registry", "setpriv"];
 
-/// Waits that a test can wait for; longer than any request of a test takes, were it not for a machine that stands still,
-/// which these tests survive: nothing in them is under way across a step but where they say so.
-const TIMES: [&str; 6] = ["--grace", "50ms", "--drain", "50ms", "--keep", "100ms"];
-/// Longer than each of them.
-const A_STEP: Duration = Duration::from_millis(120);
-
-fn image(name: &str) -> Image {
-    Image::oci(name, &[layer("file", &format!("content of {name}"))])
-}
-
-/// Runs a collection with short waits.
-fn step(store: &Path) -> Report {
-    std::thread::sleep(A_STEP);
-    gc_beside(store, &TIMES)
-}
-
 /// A registry with one image that stays and one that was deleted.
 fn garbage(cache: bool) -> (Registry, Image) {
     let registry = Registry::start_with(cache);
-    registry.push("app", Some("stays"), &image("stays"));
-    let gone = image("gone");
-    registry.push("app", Some("gone"), &gone);
-    registry.api("DELETE", &format!("app/manifests/{}", gone.digest()), &[], &[]).is(202);
+    let gone = garbage_in(&registry);
     (registry, gone)
-}
-
-fn in_state(report: &Report, state: &str) -> usize {
-    report.states.iter().filter(|s| s.state == state).map(|s| s.blobs).sum()
 }
 
 fn blob_of(registry: &Registry, digest: &str) -> std::path::PathBuf {

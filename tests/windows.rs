@@ -14,25 +14,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use common::beside::{TIMES, garbage_in, image, in_state, push, step};
 use common::check::{blob_path, sha256};
 use common::gc::{Report, gc_beside};
 use common::have;
-use common::image::{Image, layer};
+use common::image::Image;
 use common::mount::Mount;
 use common::registry::Registry;
 use common::run::{Bounded, regfs};
 use windows_harness::{Bound, Held, Slow};
 
 const NEEDS: &[&str] = &["docker-registry", "setpriv", "root"];
-
-/// Waits that a test can wait for. What is under way across a step is said where it is.
-const TIMES: [&str; 6] = ["--grace", "50ms", "--drain", "50ms", "--keep", "100ms"];
-/// Longer than each of them.
-const A_STEP: Duration = Duration::from_millis(120);
-
-fn image(name: &str) -> Image {
-    Image::oci(name, &[layer("file", &format!("content of {name}"))])
-}
 
 /// The layer of an image.
 fn layer_of(image: &Image) -> (&[u8], String) {
@@ -42,26 +34,13 @@ fn layer_of(image: &Image) -> (&[u8], String) {
 /// A registry with an image that stays and one that was deleted.
 fn garbage(cache: bool) -> (Held, Image) {
     let held = Held::start(cache);
-    held.push("app", Some("stays"), &image("stays"));
-    let gone = image("gone");
-    held.push("app", Some("gone"), &gone);
-    held.api("DELETE", &format!("app/manifests/{}", gone.digest()), &[], &[]).is(202);
+    let gone = garbage_in(&held);
     (held, gone)
-}
-
-/// Takes the step that is due.
-fn step(storage: &Path) -> Report {
-    std::thread::sleep(A_STEP);
-    gc_beside(storage, &TIMES)
 }
 
 fn steps(held: &Held, count: usize) -> Report {
     (1..count).for_each(|_| drop(step(&held.storage())));
     step(&held.storage())
-}
-
-fn in_state(report: &Report, state: &str) -> usize {
-    report.states.iter().filter(|s| s.state == state).map(|s| s.blobs).sum()
 }
 
 fn data_of(held: &Held, digest: &str) -> PathBuf {
@@ -83,21 +62,6 @@ fn head(registry: &Registry, repository: &str, digest: &str) -> u16 {
 fn put(registry: &Registry, target: &str, image: &Image) -> u16 {
     let headers = [("Content-Type", image.media_type)];
     registry.api("PUT", &format!("app/manifests/{target}"), &headers, &image.manifest).status
-}
-
-/// As docker does: asks, uploads what is not there, sends the manifest; begins anew when that is refused.
-fn push(registry: &Registry, tag: &str, image: &Image) {
-    for _ in 0..3 {
-        for blob in &image.blobs {
-            if head(registry, "app", &sha256(blob)) != 200 {
-                registry.push_blob("app", blob);
-            }
-        }
-        if put(registry, tag, image) == 201 {
-            return;
-        }
-    }
-    panic!("the push was refused three times");
 }
 
 /// Further steps change nothing about an image, and it pulls from a registry that remembers nothing.
@@ -123,7 +87,7 @@ fn who_asks_before_the_fence_and_sends_the_manifest_after_it_is_told_to_begin_an
         assert!(in_state(&steps(&held, 1), "fenced") >= 2);
         // Even one that remembered was told to forget.
         assert_eq!(put(&held, "again", &gone), 400);
-        push(&held, "again", &gone);
+        push(&held, "app", "again", &gone);
         lasts(&mut held, "app:again");
     }
 }
@@ -201,7 +165,7 @@ fn what_a_registry_remembers_again_during_the_fence_is_asked_for_before_the_byte
     assert_eq!(head(&held, "app", &digest), 404);
     steps(&held, 1);
     assert!(!data_of(&held, &digest).exists());
-    push(&held, "again", &gone);
+    push(&held, "app", "again", &gone);
     lasts(&mut held, "app:again");
 
     // The same, and the image is pushed on that answer: then everything comes back.
@@ -276,7 +240,7 @@ fn a_commit_that_saw_the_bytes_right_before_they_moved_brings_them_back() {
         assert_eq!(answer, if cache { 201 } else { 400 });
         steps(&held, 1);
         assert!(data_of(&held, &digest).exists());
-        push(&held, "again", &gone);
+        push(&held, "app", "again", &gone);
         lasts(&mut held, "app:again");
     }
 }
@@ -307,7 +271,7 @@ fn a_link_that_comes_after_the_purge_is_forgotten_before_others_rely_on_it() {
                 assert_eq!(head(&held, "app", &digest), 404);
             }
         }
-        push(&held, "again", &gone);
+        push(&held, "app", "again", &gone);
         drop(mount);
         lasts(&mut held, "app:again");
     }
@@ -347,7 +311,7 @@ fn a_link_that_is_written_into_the_file_that_just_moved_comes_back() {
         assert_eq!(put(&held, "again", &gone), if cache { 201 } else { 400 });
         steps(&held, 1);
         assert!(link_of(&held, "app", &digest).exists());
-        push(&held, "again", &gone);
+        push(&held, "app", "again", &gone);
         lasts(&mut held, "app:again");
     }
 }

@@ -21,6 +21,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::gc::named::{self, Needs};
 use crate::layout;
+use crate::store::read_link;
 use crate::trash::Author;
 use crate::watch::Changes;
 use crate::watch::opens::{Open, Opens};
@@ -85,12 +86,7 @@ impl Engine {
     /// Gives back the bytes that a layer link leads to.
     fn fetch_linked(&self, repository: &Path, digest: &Digest) -> Result<usize> {
         let link = layout::layer_link(repository, digest);
-        let content = match self.store.read(&link, layout::LINK_LIMIT) {
-            Err(e) if e.is_damage() => None,
-            content => content?,
-        };
-        let Some((text, _)) = content else { return Ok(0) };
-        let Ok(stored) = layout::parse_link(&text) else { return Ok(0) };
+        let Some(stored) = read_link(&*self.store, &link)? else { return Ok(0) };
         self.fetch(&[layout::blob_data(&stored)], std::process::id(), "a link to it was written")
     }
 

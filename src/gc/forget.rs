@@ -10,16 +10,15 @@
 //! where a link is to stay it lies in the trash meanwhile, and comes back.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use super::guard::gate::Registries;
 use crate::catalog::Catalog;
 use crate::catalog::intern::DigestId;
-use crate::clock::Moment;
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::layout;
-use crate::store::Store;
+use crate::store::{Store, read_link};
 use crate::trash::stage::Stage;
 use crate::trash::{self, Author, Transaction};
 
@@ -41,8 +40,7 @@ pub fn dangling(
     let reason = "a registry remembers a link to bytes that are nowhere";
     let transaction = Transaction::begin(store, trash::SWEEP, author, reason)?;
     transaction.take(store, &link)?;
-    let stage = Stage::begin(drain, SystemTime::now(), Vec::new());
-    Stage { fenced_at: Some(Moment::now()), ..stage }.write(store, transaction.id())?;
+    Stage::removed(drain).write(store, transaction.id())?;
     store.sync()?;
     registries.forget(repository, digest)?;
     Ok(true)
@@ -119,10 +117,7 @@ fn target(store: &dyn Store, link: &Path, digest: &Digest) -> Result<Option<Dige
     if digest.algorithm() == Algorithm::Sha256 {
         return Ok(is_there(store, link)?.then_some(*digest));
     }
-    match store.read(link, layout::LINK_LIMIT) {
-        Err(e) if e.is_damage() => Ok(None),
-        content => Ok(content?.and_then(|(text, _)| layout::parse_link(&text).ok())),
-    }
+    read_link(store, link)
 }
 
 /// Whether anything stands at `path`.

@@ -18,7 +18,7 @@ use crate::catalog::intern::{DigestId, IdSet};
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::layout::{self, Kind};
-use crate::store::Store;
+use crate::store::{Store, read_link};
 use crate::trash::stage::{Stage, Step};
 use crate::trash::{self, Contents};
 
@@ -163,11 +163,7 @@ pub(super) fn target_of(
     if digest.algorithm() == Algorithm::Sha256 {
         return Ok(Some(digest));
     }
-    match store.read(&transaction.path_of(link), layout::LINK_LIMIT) {
-        Ok(content) => Ok(content.and_then(|(text, _)| layout::parse_link(&text).ok())),
-        Err(e) if e.is_damage() => Ok(None),
-        Err(e) => Err(e),
-    }
+    read_link(store, &transaction.path_of(link))
 }
 
 /// Blobs that the trash is about and a layer link in the store leads to.

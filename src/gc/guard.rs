@@ -81,7 +81,7 @@ pub(super) struct Course {
     /// So many items move at once.
     direct: usize,
     /// The blobs to fence, with the items that are their links.
-    fence: Vec<(DigestId, u64, Vec<usize>)>,
+    fence: Vec<(DigestId, Vec<usize>)>,
     /// The sweeps whose bytes are to move.
     due: Vec<Contents>,
     /// The layer links that the trash holds, of whichever transaction: a registry may be told to forget these.
@@ -128,7 +128,7 @@ impl Round<'_> {
                 continue;
             }
             fenced.insert(id, course.fence.len());
-            course.fence.push((id, bytes, Vec::new()));
+            course.fence.push((id, Vec::new()));
         }
         let mut links = Vec::new();
         for item in old_items {
@@ -147,7 +147,7 @@ impl Round<'_> {
         }
         course.direct = course.plan.items.len();
         for (at, item) in links {
-            course.fence[at].2.push(course.plan.items.len());
+            course.fence[at].1.push(course.plan.items.len());
             course.plan.items.push(item);
         }
         if matches!(self.options.gate, Gate::Off | Gate::Probe(_)) {
@@ -174,10 +174,7 @@ impl Round<'_> {
     fn adopt(&self, transactions: &mut [Contents]) -> Result<()> {
         let has_such = |t: &Contents| t.files.iter().any(|path| is_to_be_forgotten(t, path));
         for transaction in transactions.iter_mut().filter(|t| t.stage.is_none() && has_such(t)) {
-            let stage = Stage {
-                fenced_at: Some(Moment::now()),
-                ..Stage::begin(self.options.drain, SystemTime::now(), Vec::new())
-            };
+            let stage = Stage::removed(self.options.drain);
             stage.write(self.store, &transaction.id)?;
             transaction.stage = Some(Ok(stage));
         }
@@ -321,10 +318,9 @@ impl Round<'_> {
 
     /// What moved at once waits for requests that have seen it; where a registry remembers, it is told once more then.
     fn begin_wait(&self, id: &str) -> Result<()> {
-        let now = Moment::now();
-        let quarantined_at = (self.options.gate == Gate::Off).then(|| now.clone());
-        let stage = Stage::begin(self.options.drain, SystemTime::now(), Vec::new());
-        Stage { fenced_at: Some(now), quarantined_at, ..stage }.write(self.store, id)
+        let stage = Stage::removed(self.options.drain);
+        let quarantined_at = stage.fenced_at.clone().filter(|_| self.options.gate == Gate::Off);
+        Stage { quarantined_at, ..stage }.write(self.store, id)
     }
 
     /// Tells registries that remember it what was taken.
@@ -361,7 +357,7 @@ impl Round<'_> {
             self.begin_fence(Stage::begin(self.options.drain, links_until, blobs), author)?;
         let mut left: HashSet<Digest> = HashSet::new();
         let mut is_over = false;
-        for (id, _, links) in &course.fence {
+        for (id, links) in &course.fence {
             if is_over || progress.is_stopped() {
                 left.insert(digest(*id));
                 continue;

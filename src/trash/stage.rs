@@ -59,6 +59,11 @@ impl Stage {
         Stage { drain, links_until, fenced_at: None, quarantined_at: None, is_unanswered: false, blobs }
     }
 
+    /// One of what has moved at once and is about no blob: its drain begins.
+    pub fn removed(drain: Duration) -> Stage {
+        Stage { fenced_at: Some(Moment::now()), ..Stage::begin(drain, SystemTime::now(), Vec::new()) }
+    }
+
     /// Where it stands.
     pub fn step(&self) -> Step {
         match (&self.fenced_at, &self.quarantined_at) {

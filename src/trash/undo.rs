@@ -16,7 +16,7 @@ use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result, count};
 use crate::layout::{self, Kind};
 use crate::manifest::{self, MAX_SIZE};
-use crate::store::Store;
+use crate::store::{Store, read_link};
 
 /// What an undo did.
 #[derive(Debug, Default)]
@@ -205,13 +205,8 @@ fn claims(store: &dyn Store, contents: &Contents) -> Result<BTreeSet<(PathBuf, D
             }
             Kind::Tag(repository, tag) => {
                 let link = contents.path_of(&layout::tag_link(&repository, &tag));
-                let target = match store.read(&link, layout::LINK_LIMIT) {
-                    Ok(content) => content.and_then(|(text, _)| layout::parse_link(&text).ok()),
-                    // A broken tag leads nowhere.
-                    Err(e) if e.is_damage() => None,
-                    Err(e) => return Err(e),
-                };
-                if let Some(digest) = target
+                // A broken tag leads nowhere.
+                if let Some(digest) = read_link(store, &link)?
                     && store.stat(&layout::revision_link(&repository, &digest))?.is_none()
                 {
                     claims.insert((repository, digest));

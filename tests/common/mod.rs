@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+pub(crate) mod beside;
 pub(crate) mod check;
 pub(crate) mod gc;
 pub(crate) mod http;
