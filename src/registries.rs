@@ -8,16 +8,18 @@
 //!    would say of everything that it does not have it.
 
 pub mod http;
+mod judge;
 mod processes;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
-use crate::gc::guard::gate::{Gate, Probe, Said, UNKNOWN};
+use crate::error::Result;
+use crate::gc::guard::gate::{Gate, Probe, Said};
 use crate::registry_config::{self, StoreArgument};
 use http::{Client, Credentials};
+use judge::{Evidence, Verdict, judge};
 use processes::{Facts, Process};
 
 /// What is known of the registries that serve a store.
@@ -51,59 +53,22 @@ impl Known {
         if said == Said::StoppedForSure {
             return Ok(Gate::Stopped);
         }
-        let running = self.running()?;
-        if said == Said::Stopped {
-            return match running.first() {
-                None if self.facts(&running).iter().any(|facts| facts.remembers_for_ever) => {
-                    Err(Error::invalid(
-                        "registry-stopped was said, but the registry's cache.blobdescriptor outlives it (redis): empty that and \
-                     say force, too, or let it be asked while the registry runs (--registry URL)",
-                    ))
-                }
-                None => Ok(Gate::Stopped),
-                Some(process) => Err(Error::invalid(format!(
-                    "registry-stopped was said, but {process} {}; stop it first, or say force, too, if it has nothing to do \
-                     with this storage",
-                    process.relation()
-                ))),
-            };
-        }
-        let facts = self.facts(&running);
-        if !facts.is_empty() && facts.iter().all(|facts| facts.read_only && !facts.remembers_for_ever) {
-            return Ok(Gate::Stopped);
-        }
-        if facts.iter().any(|facts| facts.proxy) {
-            let why = "a pull-through cache fetches what it lacks, which nobody can tell from a push; to sweep it, stop it and \
-                       say registry-stopped"
-                .to_string();
-            return Ok(Gate::Stop { why });
-        }
-        if !facts.is_empty() && facts.iter().all(|facts| !facts.remembers) {
-            return Ok(Gate::Off);
-        }
-        let doubts: Vec<String> = running.iter().filter_map(Process::doubt).collect();
-        if self.urls.is_empty() && !doubts.is_empty() {
-            return Ok(Gate::Stop { why: doubts.join("; ") });
-        }
-        if !self.urls.is_empty() && running.len() > self.urls.len() {
-            let all: Vec<String> =
-                running.iter().map(|process| format!("{process} {}", process.relation())).collect();
-            let why = format!(
-                "more registries run here than are named with --registry; name each that serves this storage, or end it ({})",
-                all.join("; ")
-            );
-            return Ok(Gate::Stop { why });
-        }
-        if facts.iter().any(|facts| facts.refuses_delete) {
-            let why = "the registry remembers and does not delete; storage.delete.enabled: true in its config.yml makes it, or stop \
-                       it and say registry-stopped"
-                .to_string();
-            return Ok(Gate::Stop { why });
-        }
-        Ok(match self.ask(facts) {
-            Ok(client) => Gate::Probe(Probe(Arc::new(client))),
-            Err(why) => Gate::Stop { why },
+        Ok(match judge(&self.look()?, said)? {
+            Verdict::Stopped => Gate::Stopped,
+            Verdict::Off => Gate::Off,
+            Verdict::Stop(why) => Gate::Stop { why },
+            Verdict::Ask(urls) => match self.client(&urls) {
+                Ok(client) => Gate::Probe(Probe(Arc::new(client))),
+                Err(why) => Gate::Stop { why },
+            },
         })
+    }
+
+    /// All that can be known without asking a registry.
+    fn look(&self) -> Result<Evidence> {
+        let running = self.running()?;
+        let facts = self.facts(&running);
+        Ok(Evidence { running, facts, urls: self.urls.clone() })
     }
 
     fn running(&self) -> Result<Vec<Process>> {
@@ -135,23 +100,9 @@ impl Known {
         running.iter().map(Process::facts).chain(self.config.as_ref().map(of_config)).collect()
     }
 
-    /// All of them, if they can be asked; why not, otherwise.
-    fn ask(&self, facts: Vec<Facts>) -> std::result::Result<Client, String> {
-        let mut urls = self.urls.clone();
-        if urls.is_empty() {
-            if facts.iter().any(|facts| facts.url.is_none()) {
-                return Err("of a registry that runs nobody can tell where it answers; give its URL with --registry, or stop it \
-                            and say registry-stopped"
-                    .to_string());
-            }
-            urls.extend(facts.into_iter().filter_map(|facts| facts.url));
-        }
-        urls.sort_unstable();
-        urls.dedup();
-        if urls.is_empty() {
-            return Err(UNKNOWN.to_string());
-        }
-        let client = Client::new(&urls, self.credentials.clone());
+    /// The registries that answer at `urls`, if they can be asked; why not, otherwise.
+    fn client(&self, urls: &[String]) -> std::result::Result<Client, String> {
+        let client = Client::new(urls, self.credentials.clone());
         let next = match self.urls.is_empty() {
             true => "give the registry's URL with --registry, or stop it and say registry-stopped",
             false => "mend that, or stop the registry and say registry-stopped",
@@ -165,9 +116,9 @@ impl Known {
     /// # Errors
     /// Why one that may remember can't be told.
     pub fn rememberers(&self) -> std::result::Result<Option<Client>, String> {
-        let facts = self.facts(&self.running().map_err(|e| e.to_string())?);
-        let may_remember = !self.urls.is_empty() || facts.iter().any(|facts| facts.remembers);
-        may_remember.then(|| self.ask(facts)).transpose()
+        let seen = self.look().map_err(|e| e.to_string())?;
+        let may_remember = !seen.urls.is_empty() || seen.facts.iter().any(|facts| facts.remembers);
+        may_remember.then(|| self.client(&judge::urls(&seen)?)).transpose()
     }
 }
 

@@ -1,0 +1,166 @@
+//! Which gate a sweep has, decided from what is known of the registries that serve a store. Pure: [`super`] collects what is
+//! known, and asks whom it says to ask.
+//!
+//! The rules are functions of their own, in the order in which they count; the first that says something is the answer.
+
+use super::processes::{Facts, Process};
+use crate::error::{Error, Result};
+use crate::gc::guard::gate::{Said, UNKNOWN};
+
+/// All that is known.
+pub(super) struct Evidence {
+    /// Registries that run here and serve the storage, or may.
+    pub(super) running: Vec<Process>,
+    /// What matters of each of those, and of the config.yml that names the storage.
+    pub(super) facts: Vec<Facts>,
+    /// The URLs that were named.
+    pub(super) urls: Vec<String>,
+}
+
+/// How a sweep may go on.
+#[derive(Debug, PartialEq)]
+pub(super) enum Verdict {
+    /// No registry can write.
+    Stopped,
+    /// None remembers anything.
+    Off,
+    /// Those that answer there are to be asked.
+    Ask(Vec<String>),
+    /// Nothing may be taken, and why.
+    Stop(String),
+}
+
+/// How a sweep may go on.
+///
+/// # Errors
+/// It was said that no registry runs, and that is not so or does not help.
+pub(super) fn judge(seen: &Evidence, said: Said) -> Result<Verdict> {
+    match said {
+        Said::StoppedForSure => return Ok(Verdict::Stopped),
+        Said::Stopped => return stopped(seen).map(|()| Verdict::Stopped),
+        Said::Nothing => {}
+    }
+    let rules = [read_only, proxy, no_memory, doubts, unnamed, no_deletes];
+    let verdict = rules.iter().find_map(|rule| rule(seen));
+    Ok(verdict.unwrap_or_else(|| match urls(seen) {
+        Ok(urls) => Verdict::Ask(urls),
+        Err(why) => Verdict::Stop(why),
+    }))
+}
+
+/// Fails unless nothing contradicts that no registry runs.
+fn stopped(seen: &Evidence) -> Result<()> {
+    if let Some(process) = seen.running.first() {
+        return Err(Error::invalid(format!(
+            "registry-stopped was said, but {process} {}; stop it first, or say force, too, if it has nothing to do \
+             with this storage",
+            process.relation()
+        )));
+    }
+    if seen.facts.iter().any(|facts| facts.remembers_for_ever) {
+        return Err(Error::invalid(
+            "registry-stopped was said, but the registry's cache.blobdescriptor outlives it (redis): empty that and \
+             say force, too, or let it be asked while the registry runs (--registry URL)",
+        ));
+    }
+    Ok(())
+}
+
+fn read_only(seen: &Evidence) -> Option<Verdict> {
+    let are_all = seen.facts.iter().all(|facts| facts.read_only && !facts.remembers_for_ever);
+    (!seen.facts.is_empty() && are_all).then_some(Verdict::Stopped)
+}
+
+fn proxy(seen: &Evidence) -> Option<Verdict> {
+    let why = "a pull-through cache fetches what it lacks, which nobody can tell from a push; to sweep it, stop it and \
+               say registry-stopped";
+    seen.facts.iter().any(|facts| facts.proxy).then(|| Verdict::Stop(why.to_string()))
+}
+
+fn no_memory(seen: &Evidence) -> Option<Verdict> {
+    let is_known = !seen.facts.is_empty() && seen.facts.iter().all(|facts| !facts.remembers);
+    is_known.then_some(Verdict::Off)
+}
+
+/// A registry of which nobody knows what it serves, while none is named to be asked.
+fn doubts(seen: &Evidence) -> Option<Verdict> {
+    let doubts: Vec<String> = seen.running.iter().filter_map(Process::doubt).collect();
+    (seen.urls.is_empty() && !doubts.is_empty()).then(|| Verdict::Stop(doubts.join("; ")))
+}
+
+/// More registries run than are named.
+fn unnamed(seen: &Evidence) -> Option<Verdict> {
+    if seen.urls.is_empty() || seen.running.len() <= seen.urls.len() {
+        return None;
+    }
+    let all: Vec<String> =
+        seen.running.iter().map(|process| format!("{process} {}", process.relation())).collect();
+    Some(Verdict::Stop(format!(
+        "more registries run here than are named with --registry; name each that serves this storage, or end it ({})",
+        all.join("; ")
+    )))
+}
+
+fn no_deletes(seen: &Evidence) -> Option<Verdict> {
+    let why = "the registry remembers and does not delete; storage.delete.enabled: true in its config.yml makes it, or stop \
+               it and say registry-stopped";
+    seen.facts.iter().any(|facts| facts.refuses_delete).then(|| Verdict::Stop(why.to_string()))
+}
+
+/// Where all of them answer; why that is not known, otherwise.
+pub(super) fn urls(seen: &Evidence) -> std::result::Result<Vec<String>, String> {
+    let mut urls = seen.urls.clone();
+    if urls.is_empty() {
+        for facts in &seen.facts {
+            urls.push(facts.url.clone().ok_or(
+                "of a registry that runs nobody can tell where it answers; give its URL with --registry, or stop it and say \
+                 registry-stopped",
+            )?);
+        }
+    }
+    urls.sort_unstable();
+    urls.dedup();
+    if urls.is_empty() { Err(UNKNOWN.to_string()) } else { Ok(urls) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(facts: Vec<Facts>, urls: &[&str]) -> Evidence {
+        Evidence { running: Vec::new(), facts, urls: urls.iter().map(|url| (*url).to_string()).collect() }
+    }
+
+    #[test]
+    fn the_first_rule_that_knows_something_decides() {
+        let unknown = Facts::unknown;
+        let at = |url: &str| Facts { url: Some(url.to_string()), ..unknown() };
+        let ask = |urls: &[&str]| Some(Verdict::Ask(urls.iter().map(|url| (*url).to_string()).collect()));
+        let cases: [(&str, Evidence, Option<Verdict>); 9] = [
+            ("nothing is known", seen(vec![], &[]), None),
+            ("named", seen(vec![], &["u"]), ask(&["u"])),
+            ("no cache", seen(vec![Facts { remembers: false, ..unknown() }], &[]), Some(Verdict::Off)),
+            (
+                "one of two has a cache",
+                seen(vec![Facts { remembers: false, ..unknown() }, unknown()], &[]),
+                None,
+            ),
+            ("read-only", seen(vec![Facts { read_only: true, ..unknown() }], &[]), Some(Verdict::Stopped)),
+            (
+                "one of two is read-only",
+                seen(vec![Facts { read_only: true, ..unknown() }, unknown()], &[]),
+                None,
+            ),
+            ("configured", seen(vec![at("b"), at("a"), at("b")], &[]), ask(&["a", "b"])),
+            ("named and configured", seen(vec![at("a")], &["u"]), ask(&["u"])),
+            ("no deletes", seen(vec![Facts { refuses_delete: true, ..at("a") }], &["u"]), None),
+        ];
+        for (name, seen, wanted) in cases {
+            let verdict = judge(&seen, Said::Nothing).ok();
+            match wanted {
+                Some(wanted) => assert_eq!(verdict, Some(wanted), "{name}"),
+                None => assert!(matches!(verdict, Some(Verdict::Stop(_))), "{name}: {verdict:?}"),
+            }
+        }
+    }
+}
