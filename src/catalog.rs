@@ -25,6 +25,7 @@ use std::time::SystemTime;
 use crate::digest::{Algorithm, Digest};
 use crate::layout;
 use crate::manifest::{self, Kind};
+use crate::printable::Printable;
 use crate::store::Version;
 use intern::{DigestId, Digests, IdSet, NameId, Names};
 
@@ -368,9 +369,9 @@ impl std::fmt::Display for Effect {
             Effect::Ignored => f.write_str("nothing depends on it; regfs leaves it where it is"),
             Effect::KeepsNamed => f.write_str("every digest that stands in it is kept"),
             Effect::KeepsRevisions(name) => {
-                write!(f, "every manifest of {} is kept, tagged or not", name.display())
+                write!(f, "every manifest of {} is kept, tagged or not", name.printable())
             }
-            Effect::KeepsEverything(name) => write!(f, "everything linked in {} is kept", name.display()),
+            Effect::KeepsEverything(name) => write!(f, "everything linked in {} is kept", name.printable()),
             Effect::StopsSweep => f.write_str("no collection runs before it is mended"),
         }
     }

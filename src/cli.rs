@@ -14,14 +14,15 @@ mod trash;
 mod why;
 
 use std::ffi::OsString;
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::printable::{self, Printable};
 use crate::registry_config::{self, StoreArgument};
 use crate::store::disk::Disk;
 use crate::view::control::parse_duration;
@@ -98,6 +99,13 @@ fn start_logging(command: &Command) -> Result<()> {
     if let Some(file) = log_file {
         logger.target(env_logger::Target::Pipe(Box::new(file)));
     }
+    logger.format(|out, record| {
+        let (time, level, style) =
+            (out.timestamp_seconds(), record.level(), out.default_level_style(record.level()));
+        // What goes on in a second line is set off, so that no line looks like another message.
+        let text = printable::lines(&record.args().to_string()).replace('\n', "\n  ");
+        writeln!(out, "[{time} {style}{level:<5}{style:#} {}] {text}", record.target())
+    });
     logger.init();
     Ok(())
 }
@@ -129,7 +137,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>, environment: Environment<'
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Unfinished) => ExitCode::from(3),
         Err(e) => {
-            eprintln!("regfs: {e}");
+            say(&format!("regfs: {e}"));
             ExitCode::FAILURE
         }
     }
@@ -157,7 +165,7 @@ fn store_argument(argument: &Path, environment: Environment<'_>) -> Result<Store
             [] => String::new(),
             variables => format!(", overridden by {}", variables.join(", ")),
         };
-        log::info!("{}: the storage is {}{by}", config.display(), resolved.storage_root.display());
+        log::info!("{}: the storage is {}{by}", config.printable(), resolved.storage_root.printable());
     }
     Ok(resolved)
 }
@@ -167,13 +175,15 @@ fn open(argument: &Path, environment: Environment<'_>) -> Result<Disk> {
     Disk::open(&store_argument(argument, environment)?.storage_root)
 }
 
-/// Writes a result to stdout.
+/// Writes a result for people to stdout.
 fn print(text: &str) -> Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(Error::io("write to", Path::new("stdout"), e)),
-        _ => Ok(()),
-    }
+    output::to_stdout(|out| out.write_all(printable::lines(text).as_bytes()))
+}
+
+/// Tells people on stderr what their result does not say.
+fn say(text: &str) {
+    // Nobody is left to tell when stderr can't be written to.
+    let _ = writeln!(std::io::stderr(), "{}", printable::lines(text));
 }
 
 /// What was typed, for the log and for `txn.json`.

@@ -21,6 +21,7 @@ use crate::catalog::update::rescan;
 use crate::catalog::{Catalog, Effect, Keeps, Parsed, Repository, Tag};
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::{self, Store, read_link};
 use crate::trash::Transaction;
 
@@ -67,7 +68,7 @@ pub fn removal_of_manifest(catalog: &Catalog, repository: &Repository, digest: D
             "{} is part of {}, which {} holds; remove that first",
             catalog.digest(digest),
             catalog.digest(holder.digest),
-            repository.name.display(),
+            repository.name.printable(),
         );
         return Err(Error::Busy { why });
     }
@@ -185,10 +186,10 @@ pub fn take(
             match transaction.put_back(store, path) {
                 Ok(_) => {}
                 // What a push wrote meanwhile is newer; ours stays in the trash.
-                Err(Error::Exists { .. }) => log::info!("{} was written again meanwhile", path.display()),
+                Err(Error::Exists { .. }) => log::info!("{} was written again meanwhile", path.printable()),
                 Err(e) => log::error!(
                     "could not put back {}: {e}; run `regfs trash undo {}`",
-                    path.display(),
+                    path.printable(),
                     transaction.id()
                 ),
             }
@@ -217,7 +218,9 @@ fn take_in_order(
         // A broken tag is removed like any other.
         let points_at = read_link(store, &moved)?;
         if points_at != tag.target.map(|id| catalog.digest(id)) {
-            return Err(Error::Changed { what: format!("tag {} of {}", tag_name.display(), name.display()) });
+            return Err(Error::Changed {
+                what: format!("tag {} of {}", tag_name.printable(), name.printable()),
+            });
         }
     }
     for id in &removal.revisions {
@@ -239,7 +242,7 @@ fn take_in_order(
         let fresh =
             |id: &DigestId| removal.revisions.contains(id) && !was_named(catalog, repository, removal, *id);
         if tagged.chain(named).any(|id| fresh(&id)) {
-            return Err(Error::Changed { what: format!("repository {}", name.display()) });
+            return Err(Error::Changed { what: format!("repository {}", name.printable()) });
         }
     }
     store.sync()?;
@@ -304,7 +307,7 @@ pub fn take_upload(
     if !grace.is_zero() && started.is_some_and(is_young) {
         let why = format!(
             "upload {} may still be in progress: it began less than {} ago",
-            upload.display(),
+            upload.printable(),
             humantime::format_duration(grace)
         );
         return Err(Error::Busy { why });
@@ -333,7 +336,7 @@ pub fn take_repository(
         r.tags.is_empty() && r.revisions.is_empty() && r.uploads.is_empty() && r.keeps == Keeps::Named
     };
     if below || !fresh.repository(name).is_none_or(|r| is_empty(r)) {
-        return Err(Error::NotEmpty { what: name.display().to_string() });
+        return Err(Error::NotEmpty { what: name.printable().to_string() });
     }
     let mut files = Vec::new();
     for part in [layout::MANIFESTS, layout::UPLOADS, layout::LAYERS] {
@@ -352,7 +355,7 @@ pub fn take_repository(
                 }
             }
             transaction.discard_if_empty(store)?;
-            return Err(Error::Changed { what: format!("repository {}", name.display()) });
+            return Err(Error::Changed { what: format!("repository {}", name.printable()) });
         }
     }
     store.prune(&layout::repository(name))?;

@@ -35,6 +35,7 @@ use crate::gc::guard::state;
 use crate::gc::named::Named;
 use crate::gc::report::{Place, timestamp};
 use crate::gc::{self, Options, give_back};
+use crate::printable;
 use crate::progress::Watched;
 use crate::registries::Known;
 use crate::store::Store;
@@ -282,7 +283,7 @@ impl Engine {
                 let count = restored.len();
                 let author = Author::current("regfs mount");
                 for path in restored {
-                    self.note(&author, "give back", &path.display().to_string(), "it is in use again");
+                    self.note(&author, "give back", &path.to_string_lossy(), "it is in use again");
                 }
                 (catalog, Some(count))
             }
@@ -349,11 +350,11 @@ impl Engine {
             Node::ControlTrash => self.trash_text(),
             Node::ControlRefresh => locked(&self.reports).refresh.clone(),
             Node::ControlStop => "write anything to end the collection that runs\n".to_string(),
-            Node::ControlStatus => self.status(),
-            Node::ControlLog => locked(&self.journal).text(),
+            Node::ControlStatus => return Some(printable::json(&self.status()).into_bytes().into()),
+            Node::ControlLog => return Some(locked(&self.journal).text().into_bytes().into()),
             _ => return None,
         };
-        Some(text.into_bytes().into())
+        Some(printable::lines(&text).into_bytes().into())
     }
 
     /// The content of any generated file.

@@ -2,6 +2,7 @@
 //!
 //! A message says what we were doing, to which path, why it failed, and the next step where there is one.
 
+use crate::printable::Printable;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -150,7 +151,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Io { doing, path, source } => {
-                write!(f, "could not {doing} {}: {source}", path.display())?;
+                write!(f, "could not {doing} {}: {source}", path.printable())?;
                 match source.raw_os_error() {
                     Some(libc::EXDEV) => f.write_str(
                         " (blobs, repositories and .regfs must lie on one filesystem: things are taken out by rename)",
@@ -162,13 +163,15 @@ impl fmt::Display for Error {
                     _ => Ok(()),
                 }
             }
-            Error::Misplaced { path, found } => write!(f, "{} is {found}", path.display()),
-            Error::TooLarge { path, limit } => write!(f, "{} is larger than {limit} bytes", path.display()),
-            Error::Exists { path } => write!(f, "{} exists already and is not replaced", path.display()),
-            Error::NotFound { what } => write!(f, "there is no {what}"),
+            Error::Misplaced { path, found } => write!(f, "{} is {found}", path.printable()),
+            Error::TooLarge { path, limit } => write!(f, "{} is larger than {limit} bytes", path.printable()),
+            Error::Exists { path } => write!(f, "{} exists already and is not replaced", path.printable()),
+            Error::NotFound { what } => write!(f, "there is no {}", what.printable()),
             Error::Busy { why } | Error::Invalid { why } => f.write_str(why),
-            Error::Changed { what } => write!(f, "{what} changed meanwhile; look again, then try again"),
-            Error::NotEmpty { what } => write!(f, "{what} still holds images"),
+            Error::Changed { what } => {
+                write!(f, "{} changed meanwhile; look again, then try again", what.printable())
+            }
+            Error::NotEmpty { what } => write!(f, "{} still holds images", what.printable()),
             Error::Unfinished { see } => write!(f, "not finished; {see} says what failed"),
             Error::NotPermitted { why } => f.write_str(why),
             Error::ReadOnly => f.write_str("this view is read-only"),
@@ -178,7 +181,7 @@ impl fmt::Display for Error {
                     "nothing was changed: {} in the store cannot be judged, so nothing can be called garbage",
                     count(problems.len(), "path")
                 )?;
-                problems.iter().try_for_each(|line| write!(f, "\n  {line}"))
+                problems.iter().try_for_each(|line| write!(f, "\n  {}", line.printable()))
             }
         }
     }

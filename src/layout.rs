@@ -388,7 +388,7 @@ mod tests {
             (upload_dir(name, OsStr::new("u")), Kind::Other),
         ];
         for (path, kind) in cases {
-            assert_eq!(classify(&path), kind, "{}", path.display());
+            assert_eq!(classify(&path), kind, "{path:?}");
         }
     }
 

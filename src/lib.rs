@@ -2,6 +2,8 @@
 //!
 //! Data runs one way and each module knows only those above it in this list; see `docs/architecture.md`.
 
+#![warn(clippy::disallowed_methods)]
+
 pub mod catalog;
 pub mod cli;
 pub mod clock;
@@ -13,6 +15,7 @@ pub mod fuse;
 pub mod gc;
 pub mod layout;
 pub mod manifest;
+pub mod printable;
 pub mod progress;
 pub mod registries;
 pub mod registry_config;

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::gc::guard::gate::{Gate, Probe, Said};
+use crate::printable::Printable;
 use crate::registry_config::{self, StoreArgument};
 use http::{Client, Credentials};
 use judge::{Evidence, Verdict, judge};
@@ -88,7 +89,7 @@ impl Known {
         {
             Ok(config) if self.is_ours(&config) => Facts::of(&config),
             Ok(config) => {
-                let (path, root) = (path.display(), config.storage_root.display());
+                let (path, root) = (path.printable(), config.storage_root.printable());
                 log::warn!("{path} names another storage by now ({root}), so it says nothing of this one");
                 Facts::unknown()
             }

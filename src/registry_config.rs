@@ -28,6 +28,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::printable::Printable;
 
 /// Where the filesystem driver stores when its configuration doesn't say.
 pub const DEFAULT_ROOT_DIRECTORY: &str = "/var/lib/registry";
@@ -83,7 +84,7 @@ pub fn resolve(argument: &Path, environment: &dyn Fn(&str) -> Option<OsString>) 
         io::ErrorKind::NotFound => Error::invalid(format_args!(
             "{} does not exist; give a registry's storage directory (it holds docker/registry/v2) \
              or its config.yml",
-            argument.display()
+            argument.printable()
         )),
         _ => Error::io("look at", argument, source),
     })?;
@@ -178,7 +179,7 @@ impl Source<'_> {
             [] => String::new(),
             names => format!(" (with {} from the environment)", names.join(" and ")),
         };
-        Error::invalid(format_args!("{}{with} {what}; {next_step}", self.path.display()))
+        Error::invalid(format_args!("{}{with} {what}; {next_step}", self.path.printable()))
     }
 }
 
@@ -260,7 +261,7 @@ fn parse_variable(source: &Source, name: &'static str, value: OsString) -> Resul
     .map_err(|why| {
         Error::invalid(format_args!(
             "the variable {name} that overrides {} is not valid YAML: {why}; correct or unset it",
-            source.path.display()
+            source.path.printable()
         ))
     })
 }

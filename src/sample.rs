@@ -33,6 +33,7 @@ use serde::Serialize;
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result, count};
 use crate::layout;
+use crate::printable::Printable;
 
 /// What was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +79,7 @@ fn create_empty(directory: &Path) -> Result<()> {
         None => Ok(()),
         Some(_) => Err(Error::invalid(format_args!(
             "{} is not empty, and nothing is ever replaced; name a directory that does not exist yet",
-            directory.display()
+            directory.printable()
         ))),
     }
 }
@@ -600,7 +601,7 @@ fn tar(files: &[(&str, u32, String)]) -> Vec<u8> {
         above.reverse();
         for directory in above {
             if directories.insert(directory) {
-                archive.extend(tar_header(&format!("{}/", directory.display()), b'5', 0o755, 0));
+                archive.extend(tar_header(&format!("{}/", directory.to_string_lossy()), b'5', 0o755, 0));
             }
         }
         archive.extend(tar_header(path, b'0', *mode, content.len()));
@@ -714,7 +715,7 @@ mod tests {
             } else if path.ends_with("link") {
                 let digest = layout::parse_link(&content).unwrap();
                 let is_current = path.parent().unwrap().ends_with("current");
-                assert!(is_current || path.parent().unwrap().ends_with(digest.hex()), "{}", path.display());
+                assert!(is_current || path.parent().unwrap().ends_with(digest.hex()), "{}", path.printable());
                 links += 1;
             }
         }

@@ -25,6 +25,7 @@ use crate::clock::Moment;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout::{self, Kind};
+use crate::printable::Printable;
 use crate::store::{self, Store};
 use stage::Stage;
 
@@ -339,10 +340,9 @@ pub fn read(store: &dyn Store, id: &str) -> Result<Contents> {
 
 fn read_record(store: &dyn Store, path: &Path) -> Result<std::result::Result<Record, String>> {
     match store.read(path, RECORD_LIMIT) {
-        Ok(Some((text, _))) => {
-            Ok(serde_json::from_slice(&text).map_err(|e| format!("{}: {e}", path.display())))
-        }
-        Ok(None) => Ok(Err(format!("{} is missing", path.display()))),
+        Ok(Some((text, _))) => Ok(serde_json::from_slice(&text)
+            .map_err(|e| format!("{}: {e}", path.printable()).printable().to_string())),
+        Ok(None) => Ok(Err(format!("{} is missing", path.printable()))),
         Err(e) if e.is_damage() => Ok(Err(e.to_string())),
         Err(e) => Err(e),
     }

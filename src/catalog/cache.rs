@@ -29,6 +29,7 @@ use super::{Catalog, Manifests, Tables};
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::Store;
 
 /// Longest block that is read; a longer one is damage.
@@ -120,7 +121,7 @@ fn each_block(
         };
         log::warn!(
             "the cache {} can't be used from some place on: {why}; it is written anew",
-            path.display()
+            path.printable()
         );
     }
 }

@@ -14,6 +14,7 @@ use super::intern::{DigestId, IdSet};
 use super::scan::{Scan, spread};
 use super::{Descriptor, Effect, Keeps, Manifest, Manifests, Parsed};
 use crate::digest::{Algorithm, Digest};
+use crate::printable::Printable;
 use crate::store::Directory;
 use crate::{layout, manifest};
 
@@ -112,11 +113,11 @@ impl Scan<'_> {
         };
         let full = || self.store.full(&shard.join(&name));
         if Digest::of(digest.algorithm(), bytes) != digest {
-            return Manifest::Damaged { reason: format!("{} does not match its digest", full().display()) };
+            return Manifest::Damaged { reason: format!("{} does not match its digest", full().printable()) };
         }
         match manifest::parse(bytes) {
             Ok(manifest) => Manifest::Parsed(Parsed::new(&manifest, bytes.len(), self.tables)),
-            Err(e) => Manifest::Damaged { reason: format!("{} is no manifest: {}", full().display(), e.0) },
+            Err(e) => Manifest::Damaged { reason: format!("{} is no manifest: {}", full().printable(), e.0) },
         }
     }
 
@@ -127,14 +128,14 @@ impl Scan<'_> {
             match &**manifest {
                 Manifest::Parsed(parsed) if parsed.odd().is_some() => {
                     let (path, why) = (path(), parsed.odd().unwrap_or_default());
-                    let what = format!("{}: {why}", self.store.full(&path).display());
+                    let what = format!("{}: {why}", self.store.full(&path).printable());
                     self.note(&path, what, Effect::KeepsNamed);
                 }
                 Manifest::Parsed(parsed) if parsed.kind == manifest::Kind::Schema1 => {
                     let path = path();
                     let what = format!(
                         "{} is a schema 1 manifest, which newer registries do not serve",
-                        self.store.full(&path).display()
+                        self.store.full(&path).printable()
                     );
                     self.note(&path, what, Effect::KeepsNamed);
                 }
@@ -166,8 +167,8 @@ impl Scan<'_> {
                     let full = self.store.full(&layout::blob_data(&self.tables.digests.get(revision.target)));
                     let what = format!(
                         "{} is missing: {} has a manifest without bytes",
-                        full.display(),
-                        name.display()
+                        full.printable(),
+                        name.printable()
                     );
                     found.push((revision.target, what));
                 }

@@ -28,6 +28,7 @@ use super::{Aliases, Catalog, Effect, Keeps, Problem, Repository, Revision, Tabl
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Found, Result};
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::{Directory, Entry, Kind, Stat, Store, Version};
 
 /// How often, and how long apart, an empty link is read again.
@@ -216,12 +217,12 @@ impl<'a> Scan<'a> {
 
     fn replaced(&mut self, path: &Path, kind: Kind, effect: Effect) {
         let full = self.store.full(path);
-        self.note(path, format!("{} is {}", full.display(), Found::from(kind)), effect);
+        self.note(path, format!("{} is {}", full.printable(), Found::from(kind)), effect);
     }
 
     fn unknown_name(&mut self, path: &Path, what: &str) {
         let full = self.store.full(path);
-        self.note(path, format!("{} is {what}", full.display()), Effect::Ignored);
+        self.note(path, format!("{} is {what}", full.printable()), Effect::Ignored);
     }
 
     fn blobs(&mut self) -> Vec<DigestId> {
@@ -326,7 +327,7 @@ impl<'a> Scan<'a> {
     fn expect_repositories(&mut self) {
         let path = Path::new(layout::REPOSITORIES);
         if let Ok(None) = self.store.list(path) {
-            let what = format!("{} is missing, but there are blobs", self.store.full(path).display());
+            let what = format!("{} is missing, but there are blobs", self.store.full(path).printable());
             self.note(path, what, Effect::StopsSweep);
         }
     }
@@ -415,7 +416,7 @@ impl<'a> Scan<'a> {
                 };
                 if target != id {
                     let link = path.join(&name);
-                    let what = format!("{} holds another digest", self.store.full(&link).display());
+                    let what = format!("{} holds another digest", self.store.full(&link).printable());
                     self.note(&link, what, everything.clone());
                 }
                 repository.revisions.push(Revision { digest: id, target, version, is_readable });
@@ -450,7 +451,7 @@ impl<'a> Scan<'a> {
                         let link = link();
                         let what = format!(
                             "{} is missing: the tag points nowhere",
-                            self.store.full(&link).display()
+                            self.store.full(&link).printable()
                         );
                         self.note(&link, what, revisions.clone());
                         Tag { name: id, target: None, version: Version::UNKNOWN }
@@ -463,8 +464,10 @@ impl<'a> Scan<'a> {
                     repository.held_manifests.extend(tag.target);
                     let link = link();
                     let full = self.store.full(&link);
-                    let what =
-                        format!("{} points at a manifest that this repository does not have", full.display());
+                    let what = format!(
+                        "{} points at a manifest that this repository does not have",
+                        full.printable()
+                    );
                     self.note(&link, what, Effect::KeepsNamed);
                     repository.held.extend(tag.target);
                 }
@@ -556,7 +559,7 @@ impl<'a> Scan<'a> {
     }
 
     fn note_unknown_digest(&mut self, path: &Path, effect: Effect) {
-        let what = format!("{} is not named by a digest that regfs knows", self.store.full(path).display());
+        let what = format!("{} is not named by a digest that regfs knows", self.store.full(path).printable());
         self.note(path, what, effect);
     }
 
@@ -609,7 +612,7 @@ impl<'a> Scan<'a> {
             Err(e) => {
                 let shown: String = String::from_utf8_lossy(content).chars().take(100).collect();
                 let path = prefix.join(name);
-                let what = format!("{} holds {shown:?}: {e}", self.store.full(&path).display());
+                let what = format!("{} holds {shown:?}: {e}", self.store.full(&path).printable());
                 self.note(&path, what, effect.clone());
                 Link::Bad(version)
             }

@@ -10,7 +10,7 @@ use clap::Args;
 use super::output::OutputArgs;
 use super::progress::Watcher;
 use super::registry::RegistryArgs;
-use super::{Environment, Outcome, duration, store_argument, typed};
+use super::{Environment, Outcome, duration, say, store_argument, typed};
 use crate::catalog::Tables;
 use crate::catalog::cache::Place;
 use crate::error::{Error, Result};
@@ -146,11 +146,11 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
         is_complete &= report.is_complete();
         let next = report.next_step().filter(|_| args.wait && !report.is_stopped && report.is_complete());
         let Some(next) = next else { break report };
-        eprintln!(
+        say(&format!(
             "{}; going on in {}",
             report.outcome(),
             humantime::format_duration(Duration::from_secs(next.as_secs() + 1))
-        );
+        ));
         let watcher = Watcher::new(false)?;
         let until = Instant::now() + next.max(Duration::from_millis(100));
         while Instant::now() < until && !watcher.is_stopped() {
@@ -169,7 +169,7 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
     }
     let held_back = report.held_back().filter(|_| !args.dry_run);
     if let Some(why) = &held_back {
-        eprintln!("regfs: {why}");
+        say(&format!("regfs: {why}"));
     }
     let outcome = if is_complete && held_back.is_none() { Outcome::Done } else { Outcome::Unfinished };
     // The process ends here; taking a catalog of millions apart first would only take time.

@@ -22,6 +22,7 @@ use crate::engine::schedule::{self, Schedule, Window};
 use crate::engine::{Engine, forgetting};
 use crate::error::{Error, Result};
 use crate::fuse::mount::{self, MountOptions};
+use crate::printable::Printable;
 use crate::store::Store;
 use crate::store::disk::Disk;
 use crate::view::Settings;
@@ -190,7 +191,7 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     }
     let read_only = args.read_only || !store.is_writable();
     if read_only && !args.read_only {
-        log::warn!("{} can't be changed by this user: mounting read-only", storage_root.display());
+        log::warn!("{} can't be changed by this user: mounting read-only", storage_root.printable());
     }
     let settings = Settings {
         read_only,
@@ -224,7 +225,7 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     if let Some((opens, directory)) = guard {
         engine.guard(opens, &directory)?;
     }
-    log::info!("mounted {} on {}", storage_root.display(), options.mountpoint.display());
+    log::info!("mounted {} on {}", storage_root.printable(), options.mountpoint.printable());
     if args.daemon {
         detach(log_file)?;
     }
@@ -266,8 +267,8 @@ fn refuse_within(directory: &Path, mountpoint: &Path) -> Result<()> {
     match guarded.starts_with(&mounted) || mounted.starts_with(&guarded) {
         true => Err(Error::invalid(format!(
             "the guard takes a directory that has nothing to do with the mountpoint {}, not {}",
-            mountpoint.display(),
-            directory.display()
+            mountpoint.printable(),
+            directory.printable()
         ))),
         false => Ok(()),
     }
@@ -284,8 +285,8 @@ fn refuse_inside(storage_root: &Path, mountpoint: &Path) -> Result<()> {
     match mountpoint.starts_with(storage_root) {
         true => Err(Error::invalid(format!(
             "{} lies inside the storage {}; mount it elsewhere",
-            mountpoint.display(),
-            storage_root.display()
+            mountpoint.printable(),
+            storage_root.printable()
         ))),
         false => Ok(()),
     }

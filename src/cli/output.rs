@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 
 use crate::error::{Error, Result};
 use crate::gc::report::{Details, Place, Report};
+use crate::printable::Safely;
 
 /// How the report is printed.
 #[derive(Args, Debug)]
@@ -38,19 +39,19 @@ impl OutputArgs {
         let format = if self.json { Format::Json } else { self.format };
         let details = if self.verbose { Details::Everything } else { Details::Totals };
         to_stdout(|out| match format {
-            Format::Text => report.write_text(out, Place::CommandLine(store), details),
-            Format::Json => report.write_json(out),
-            Format::Distribution => report.write_distribution(out),
+            Format::Text => report.write_text(&mut Safely::lines(out), Place::CommandLine(store), details),
+            Format::Json => report.write_json(&mut Safely::json(out)),
+            Format::Distribution => report.write_distribution(&mut Safely::lines(out)),
         })?;
         if format == Format::Distribution {
             // Nobody is left to tell when stderr can't be written to.
-            let _ = report.write_remarks(&mut io::stderr().lock());
+            let _ = report.write_remarks(&mut Safely::lines(io::stderr().lock()));
         }
         Ok(())
     }
 }
 
-/// Writes to stdout; a reader that goes away is no failure.
+/// Writes to stdout, through a [`Safely`] of the caller; a reader that goes away is no failure.
 pub(super) fn to_stdout(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let mut out = BufWriter::with_capacity(1 << 16, io::stdout().lock());
     match write(&mut out).and_then(|()| out.flush()) {

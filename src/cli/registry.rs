@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::{Environment, duration};
 use crate::error::{Error, Result};
+use crate::printable::Printable;
 use crate::registries::Known;
 use crate::registries::http::Credentials;
 use crate::registry_config::StoreArgument;
@@ -52,7 +53,7 @@ impl RegistryArgs {
         let (text, place) = match (&self.registry_auth, environment(AUTH)) {
             (Some(path), _) => {
                 let text = std::fs::read(path).map_err(|e| Error::io("read the credentials in", path, e))?;
-                (text, path.display().to_string())
+                (text, path.printable().to_string())
             }
             (None, Some(value)) => (value.into_encoded_bytes(), format!("the variable {AUTH}")),
             (None, None) => return Ok(Credentials::None),

@@ -1,16 +1,19 @@
 //! `regfs trash`
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
+use super::output::to_stdout;
 use super::{Environment, Outcome, duration, print, store_argument, typed};
 use crate::catalog::Tables;
 use crate::error::{Error, Result};
 use crate::gc;
 use crate::gc::guard::gate::Said;
+use crate::printable::Safely;
 use crate::registries::Known;
 use crate::registries::http::Credentials;
 use crate::store::disk::Disk;
@@ -74,7 +77,8 @@ pub(super) fn run(
             match json {
                 true => {
                     let json = serde_json::to_string_pretty(&summaries);
-                    print(&(json.map_err(|e| Error::io("write", Path::new("the list"), e))? + "\n"))?;
+                    let json = json.map_err(|e| Error::io("write", Path::new("the list"), e))?;
+                    to_stdout(|out| writeln!(Safely::json(out), "{json}"))?;
                 }
                 false => print(&View::trash_table(&summaries))?,
             }

@@ -1,5 +1,6 @@
 //! `regfs why`
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -13,6 +14,7 @@ use crate::catalog::scan::scan;
 use crate::error::{Error, Result};
 use crate::gc::mark::{self, Untagged};
 use crate::gc::{report, why};
+use crate::printable::Safely;
 
 /// Say what keeps a blob or a manifest, or since when it is garbage.
 ///
@@ -57,9 +59,9 @@ pub(super) fn run(args: &WhyArgs, environment: Environment<'_>) -> Result<Outcom
     if args.json {
         let json = serde_json::to_string_pretty(&why.json());
         let json = json.map_err(|e| Error::io("write", Path::new("the answer"), e))?;
-        to_stdout(|out| writeln!(out, "{json}"))?;
+        to_stdout(|out| writeln!(Safely::json(out), "{json}"))?;
     } else {
-        to_stdout(|out| why.write_text(out, report::Place::CommandLine(&args.store)))?;
+        to_stdout(|out| why.write_text(&mut Safely::lines(out), report::Place::CommandLine(&args.store)))?;
     }
     Ok(Outcome::Done)
 }

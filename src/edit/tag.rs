@@ -41,6 +41,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::manifest::{self, is_foreign_layer, is_manifest_type};
+use crate::printable::Printable;
 use crate::store::Store;
 use crate::trash::{self, Transaction};
 
@@ -58,7 +59,7 @@ pub fn named_by(text: &Path) -> Result<Digest> {
         Error::invalid(format!(
             "{:?} names no manifest: a tag is a symlink to a path that ends in sha256/<64 hex digits>; `cp -P OLD NEW` \
              makes one like another",
-            text.display().to_string()
+            text.printable().to_string()
         ))
     })
 }
@@ -285,8 +286,8 @@ pub fn rename(
 ) -> Result<()> {
     let target = tag.target.filter(|_| from.is_served(tag)).map(|id| catalog.digest(id));
     let digest = target.ok_or_else(|| {
-        let (name, tag) = (from.name.display(), catalog.name(tag.name));
-        Error::NotFound { what: format!("manifest behind the tag {} of {name}", tag.display()) }
+        let (name, tag) = (from.name.printable(), catalog.name(tag.name));
+        Error::NotFound { what: format!("manifest behind the tag {} of {name}", tag.printable()) }
     })?;
     // Within one repository nothing is claimed anew: a tag of something damaged can be renamed like any other.
     let removal = if from.name == to {
@@ -369,7 +370,7 @@ fn confirm(store: &dyn Store, repository: &Path, tag: &OsStr, digest: &Digest) -
         store.remove(&ours).into_iter().next().map_or(Ok(()), Err)?;
         store.prune(&layout::tag_dir(repository, tag))?;
     }
-    Err(Error::Changed { what: format!("manifest {digest} of {}", repository.display()) })
+    Err(Error::Changed { what: format!("manifest {digest} of {}", repository.printable()) })
 }
 
 fn write_link(store: &dyn Store, path: &Path, digest: &Digest) -> Result<()> {

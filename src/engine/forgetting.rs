@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::gc::forget;
 use crate::gc::guard::gate::Registries;
 use crate::layout;
+use crate::printable::Printable;
 use crate::trash::Author;
 use crate::watch::Changes;
 
@@ -87,7 +88,7 @@ impl Engine {
         if forget::dangling(&*self.store, registries, &author, self.settings.drain, repository, digest)? {
             let what = layout::layer_link(repository, digest);
             let why = "a registry remembered it, and its bytes are nowhere";
-            self.note(&author, "forget", &what.display().to_string(), why);
+            self.note(&author, "forget", &what.to_string_lossy(), why);
         }
         Ok(())
     }
@@ -106,7 +107,7 @@ impl Engine {
                 | Forget::DanglingAgain(repository, digest)) = what;
                 self.failed(&format!(
                     "{}@{digest} is gone, and a registry may still remember it: {e}",
-                    repository.display()
+                    repository.printable()
                 ));
             }
         }

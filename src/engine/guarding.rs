@@ -21,6 +21,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::gc::named::{self, Needs};
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::read_link;
 use crate::trash::Author;
 use crate::watch::Changes;
@@ -42,7 +43,7 @@ pub(super) struct Guarded {
 impl Engine {
     /// Holds what is opened through `opens` until it is whole; `directory` is where that is.
     pub fn guard(self: &Arc<Engine>, opens: Opens, directory: &Path) -> Result<()> {
-        let guarded = Guarded { directory: directory.display().to_string(), ..Guarded::default() };
+        let guarded = Guarded { directory: directory.to_string_lossy().into_owned(), ..Guarded::default() };
         *locked(&self.guarded) = Some(guarded);
         let engine = Arc::downgrade(self);
         let spawned =
@@ -92,7 +93,7 @@ impl Engine {
 
     fn report_restored(&self, repository: &Path, digest: &Digest, restored: Result<usize>) -> usize {
         restored.unwrap_or_else(|e| {
-            self.failed(&format!("could not give back what {}@{digest} needs: {e}", repository.display()));
+            self.failed(&format!("could not give back what {}@{digest} needs: {e}", repository.printable()));
             0
         })
     }
@@ -101,7 +102,7 @@ impl Engine {
         let restored = named::fetch(&*self.store, paths, &|| self.may_fetch_links())?;
         let author = Author { pid, ..Author::current("regfs mount") };
         for path in &restored {
-            self.note(&author, "give back", &path.display().to_string(), why);
+            self.note(&author, "give back", &path.to_string_lossy(), why);
         }
         Ok(restored.len())
     }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::SystemTime;
 
 use crate::gc::report::timestamp;
+use crate::printable;
 use crate::trash::Author;
 
 const LINES: usize = 10_000;
@@ -26,7 +27,7 @@ impl Journal {
         if self.0.len() == LINES {
             self.0.pop_front();
         }
-        self.0.push_back(format!("{line}\n"));
+        self.0.push_back(printable::json(&format!("{line}\n")));
     }
 
     pub(super) fn text(&self) -> String {

@@ -17,6 +17,7 @@ use crate::digest::Digest;
 use crate::edit::{self, Removal};
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::printable::Printable;
 use crate::trash::{Author, Transaction};
 use crate::view::node::Node;
 use crate::view::tree::{REVISIONS, TAGS, UPLOADS, parse_reference};
@@ -86,7 +87,7 @@ impl Engine {
         let snapshot = self.snapshot();
         let view = self.view(&snapshot);
         let Some(node) = view.lookup(parent, name)? else {
-            return Err(Error::NotFound { what: name.display().to_string() });
+            return Err(Error::NotFound { what: name.printable().to_string() });
         };
         match node {
             // These stand in every repository and are empty or not; they go with it.
@@ -99,14 +100,14 @@ impl Engine {
                 });
                 match is_empty {
                     true => Ok(()),
-                    false => Err(Error::NotEmpty { what: name.display().to_string() }),
+                    false => Err(Error::NotEmpty { what: name.printable().to_string() }),
                 }
             }
             Node::Namespace(path) => {
                 // Never "" in its stead: that would mean the directory of all repositories.
-                let missing = || Error::NotFound { what: name.display().to_string() };
+                let missing = || Error::NotFound { what: name.printable().to_string() };
                 let path = snapshot.path(path).ok_or_else(missing)?;
-                let shown = format!("images/{}", path.display());
+                let shown = format!("images/{}", path.printable());
                 let mut changing = locked(&self.changing);
                 let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
                 let current = self.current();
@@ -126,14 +127,14 @@ impl Engine {
     fn target(&self, parent: Node, name: &OsStr) -> Result<Option<(PathBuf, Target, String)>> {
         let snapshot = self.snapshot();
         let view = self.view(&snapshot);
-        let missing = || Error::NotFound { what: name.display().to_string() };
+        let missing = || Error::NotFound { what: name.printable().to_string() };
         let named = |id: NameId| snapshot.path(id).ok_or_else(missing);
         let found = || view.lookup(parent, name)?.ok_or_else(missing);
         Ok(match parent {
             Node::Tags(repository) => {
                 let Node::Tag(tag, _) = found()? else { return Ok(None) };
                 let repository = named(repository)?;
-                let path = format!("images/{}/{TAGS}/{}", repository.display(), name.display());
+                let path = format!("images/{}/{TAGS}/{}", repository.printable(), name.printable());
                 Some((repository, Target::Tag(tag), path))
             }
             Node::RevisionsOf(algorithm, repository) => {
@@ -141,16 +142,16 @@ impl Engine {
                 let repository = named(repository)?;
                 let path = format!(
                     "images/{}/{REVISIONS}/{}/{}",
-                    repository.display(),
+                    repository.printable(),
                     algorithm.name(),
-                    name.display()
+                    name.printable()
                 );
                 Some((repository, Target::Manifest(snapshot.catalog.digest(id)), path))
             }
             Node::Uploads(repository) => {
                 let Node::Upload(upload, _) = found()? else { return Ok(None) };
                 let repository = named(repository)?;
-                let path = format!("images/{}/{UPLOADS}/{}", repository.display(), name.display());
+                let path = format!("images/{}/{UPLOADS}/{}", repository.printable(), name.printable());
                 Some((repository, Target::Upload(upload), path))
             }
             Node::Images | Node::Namespace(_) => {
@@ -164,7 +165,7 @@ impl Engine {
                     (None, Some(digest)) => Target::Manifest(digest),
                     (None, None) => return Ok(None),
                 };
-                let path = format!("images/{}", repository.with_file_name(name).display());
+                let path = format!("images/{}", repository.with_file_name(name).printable());
                 Some((repository, target, path))
             }
             _ => None,
@@ -182,7 +183,7 @@ impl Engine {
         let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
         let catalog = rescan(&*self.store, &self.current().catalog, repository);
         let found = catalog.repository(repository).cloned();
-        let found = found.ok_or_else(|| Error::NotFound { what: repository.display().to_string() })?;
+        let found = found.ok_or_else(|| Error::NotFound { what: repository.printable().to_string() })?;
         let result = act(&mut changing, &catalog, &found);
         if result.is_err() {
             // Whatever is in it, the next try gets one of its own.
@@ -230,16 +231,17 @@ impl Engine {
 }
 
 fn removal(catalog: &Catalog, repository: &Repository, target: &Target) -> Result<Removal> {
-    let gone = |what: String| Error::NotFound { what: format!("{what} in {}", repository.name.display()) };
-    let tag =
-        |id: &NameId| repository.tag(*id).ok_or_else(|| gone(format!("tag {}", catalog.name(*id).display())));
+    let gone = |what: String| Error::NotFound { what: format!("{what} in {}", repository.name.printable()) };
+    let tag = |id: &NameId| {
+        repository.tag(*id).ok_or_else(|| gone(format!("tag {}", catalog.name(*id).printable())))
+    };
     match target {
         Target::Tag(id) => Ok(edit::removal_of_tag(catalog, repository, tag(id)?)),
         Target::TagAt(id, digest) => {
             let tag = tag(id)?;
             match tag.target.map(|target| catalog.digest(target)) == Some(*digest) {
                 true => Ok(edit::removal_of_tag(catalog, repository, tag)),
-                false => Err(Error::Changed { what: format!("tag {}", catalog.name(*id).display()) }),
+                false => Err(Error::Changed { what: format!("tag {}", catalog.name(*id).printable()) }),
             }
         }
         Target::Manifest(digest) => {
@@ -247,7 +249,7 @@ fn removal(catalog: &Catalog, repository: &Repository, target: &Target) -> Resul
             let id = id.ok_or_else(|| gone(format!("manifest {digest}")))?;
             edit::removal_of_manifest(catalog, repository, id)
         }
-        Target::Upload(id) => Err(gone(format!("tag {}", catalog.name(*id).display()))),
+        Target::Upload(id) => Err(gone(format!("tag {}", catalog.name(*id).printable()))),
     }
 }
 

@@ -13,6 +13,7 @@ use crate::catalog::update::rescan;
 use crate::edit::tag;
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::printable::Printable;
 use crate::trash::{Author, Transaction};
 use crate::view::node::Node;
 use crate::view::tree::{TAGS, parse_reference};
@@ -99,7 +100,7 @@ impl Engine {
         if view.lookup(parent, name)?.is_some() {
             return Err(Error::Exists { path });
         }
-        let shown = format!("images/{}", path.display());
+        let shown = format!("images/{}", path.printable());
         let result = self.make_namespace(&path, author).map(|()| "made".to_string());
         self.note_result(author, "mkdir", &shown, result)
     }
@@ -108,7 +109,7 @@ impl Engine {
         if !layout::is_name(path) || path.as_os_str().len() > LONGEST_NAME {
             let why =
                 "lower-case letters and digits, between them single dots, one or two underscores, or hyphens";
-            return Err(Error::invalid(format!("{} is no name of a repository: {why}", path.display())));
+            return Err(Error::invalid(format!("{} is no name of a repository: {why}", path.printable())));
         }
         let _changing = locked(&self.changing);
         let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
@@ -129,7 +130,7 @@ impl Engine {
             return Err(Error::ReadOnly);
         }
         let snapshot = self.snapshot();
-        let missing = || Error::NotFound { what: name.display().to_string() };
+        let missing = || Error::NotFound { what: name.printable().to_string() };
         let (repository, tag) = match parent {
             Node::Tags(repository) => (snapshot.path(repository).ok_or_else(missing)?, name),
             Node::Images | Node::Namespace(_) => {
@@ -143,9 +144,9 @@ impl Engine {
         };
         // A slip of the finger makes no repository; `mkdir` does.
         if snapshot.directory(&repository).is_none() {
-            return Err(Error::NotFound { what: format!("images/{}", repository.display()) });
+            return Err(Error::NotFound { what: format!("images/{}", repository.printable()) });
         }
-        let path = format!("images/{}/{TAGS}/{}", repository.display(), tag.display());
+        let path = format!("images/{}/{TAGS}/{}", repository.printable(), tag.printable());
         Ok(Place { repository, tag: tag.to_os_string(), path })
     }
 
@@ -176,7 +177,7 @@ impl Place {
             true => Ok(()),
             false => Err(Error::invalid(format!(
                 "{:?} is no tag: up to 128 letters, digits, `_`, `.` and `-`, the first no `.` or `-`",
-                self.tag.display().to_string()
+                self.tag.printable().to_string()
             ))),
         }
     }

@@ -75,7 +75,7 @@ impl Engine {
             last_error: locked(&self.reports).last_error.clone(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION"),
-            store: self.store.full(std::path::Path::new("")).display().to_string(),
+            store: self.store.full(std::path::Path::new("")).to_string_lossy().into_owned(),
             read_only: self.settings.read_only,
             repositories: snapshot.catalog.repositories.len(),
             manifests: snapshot.catalog.manifests.len(),

@@ -33,6 +33,7 @@ use super::waiting;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::Reader;
 use crate::trash::Author;
 use crate::view::Snapshot;
@@ -135,7 +136,7 @@ impl RegistryFilesystem {
 
     /// What `name` in a directory is; without attributes, when there is no such name and the kernel may believe that.
     fn find(&self, parent: INodeNo, name: &OsStr) -> Result<(Option<FileAttr>, Duration)> {
-        let missing = || Error::NotFound { what: name.display().to_string() };
+        let missing = || Error::NotFound { what: name.printable().to_string() };
         let parent = Node::of_inode(parent.0).ok_or_else(missing)?;
         let mut snapshot = self.engine.snapshot();
         let mut node = self.engine.view(&snapshot).lookup(parent, name)?;

@@ -28,6 +28,7 @@ use super::cache::Forgetting;
 use super::filesystem::RegistryFilesystem;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::printable::Printable;
 
 const THREADS: usize = 4;
 /// How long `umount` waits for the daemon to end.
@@ -96,12 +97,12 @@ impl Mounted {
         let handle = signals.handle();
         let watch = std::thread::Builder::new().name("signals".into()).spawn(move || {
             for signal in signals.forever() {
-                log::info!("signal {signal}: unmounting {}", mountpoint.display());
+                log::info!("signal {signal}: unmounting {}", mountpoint.printable());
                 service_manager(NotifyState::Stopping);
                 let unmounted = match topmost(&mountpoint) {
                     // Ours is gone already, or somebody mounted over it: that one is not ours to take away.
                     Ok(mount) if mount.as_ref().is_none_or(|mount| mount.device != device) => {
-                        log::info!("{} is no longer ours: left alone", mountpoint.display());
+                        log::info!("{} is no longer ours: left alone", mountpoint.printable());
                         Ok(())
                     }
                     Ok(_) => unmount_lazily(&mountpoint),
@@ -139,7 +140,10 @@ fn clear_mountpoint(options: &MountOptions) -> Result<bool> {
     let answers = rustix::fs::statfs(mountpoint).map_err(std::io::Error::from);
     match answers.and_then(|_| std::fs::metadata(mountpoint)) {
         Err(e) if is_dead(&e) && is_ours => {
-            log::info!("{} is the dead mount of a regfs that was killed; replacing it", mountpoint.display());
+            log::info!(
+                "{} is the dead mount of a regfs that was killed; replacing it",
+                mountpoint.printable()
+            );
             unmount_lazily(mountpoint)?;
             Ok(false)
         }
@@ -151,8 +155,8 @@ fn clear_mountpoint(options: &MountOptions) -> Result<bool> {
         Ok(_) if is_ours => Err(Error::Busy {
             why: format!(
                 "a regfs is mounted on {} already; unmount it first (regfs umount {}), or take its place with --replace",
-                mountpoint.display(),
-                mountpoint.display()
+                mountpoint.printable(),
+                mountpoint.printable()
             ),
         }),
         Ok(metadata) if !metadata.is_dir() => {
@@ -160,7 +164,7 @@ fn clear_mountpoint(options: &MountOptions) -> Result<bool> {
         }
         Ok(_) => {
             if std::fs::read_dir(mountpoint).is_ok_and(|mut entries| entries.next().is_some()) {
-                log::warn!("{} is not empty: the mount hides what is in it", mountpoint.display());
+                log::warn!("{} is not empty: the mount hides what is in it", mountpoint.printable());
             }
             Ok(false)
         }
@@ -202,7 +206,7 @@ fn mount_through_helper(
     }
     let mut config = config(options);
     config.mount_options = vec![
-        MountOption::FSName(options.source.display().to_string()),
+        MountOption::FSName(options.source.to_string_lossy().into_owned()),
         MountOption::Subtype("regfs".to_string()),
         MountOption::DefaultPermissions,
         MountOption::NoSuid,
@@ -256,7 +260,7 @@ fn fusermount(mountpoint: &Path, flags: &[&str]) -> Result<()> {
 /// Unmounts a regfs and waits for its daemon to end.
 pub fn umount(mountpoint: &Path) -> Result<()> {
     if !is_mounted(mountpoint)? {
-        return Err(Error::invalid(format!("no regfs is mounted on {}", mountpoint.display())));
+        return Err(Error::invalid(format!("no regfs is mounted on {}", mountpoint.printable())));
     }
     let daemon = daemon_of(mountpoint);
     let unmounted = match rustix::process::geteuid().is_root() {
@@ -278,7 +282,7 @@ pub fn umount(mountpoint: &Path) -> Result<()> {
 /// Says who keeps a mount from being unmounted, and what to do.
 fn in_use(mountpoint: &Path) -> String {
     let users: String = users::users(mountpoint).iter().map(|user| format!("  {user}\n")).collect();
-    let place = mountpoint.display();
+    let place = mountpoint.printable();
     format!(
         "{place} is in use:\n{users}leave it (cd) and close its files, then try again; or take only its name away: umount -l {place}"
     )

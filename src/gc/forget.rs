@@ -18,6 +18,7 @@ use crate::catalog::intern::DigestId;
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::{Store, read_link};
 use crate::trash::stage::Stage;
 use crate::trash::{self, Author, Transaction};
@@ -62,7 +63,7 @@ pub(super) fn dangling_ones(
         for layer in repository.layers.iter().copied().filter(is_nowhere) {
             let digest = catalog.digest(layer);
             if dangling(store, registries, author, drain, &repository.name, &digest)? {
-                let name = repository.name.display();
+                let name = repository.name.printable();
                 log::warn!("{name}: a registry remembered {digest}, whose bytes are nowhere");
             }
         }

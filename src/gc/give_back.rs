@@ -18,6 +18,7 @@ use crate::catalog::intern::{DigestId, IdSet};
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::layout::{self, Kind};
+use crate::printable::Printable;
 use crate::store::{Store, read_link};
 use crate::trash::stage::{Stage, Step};
 use crate::trash::{self, Contents};
@@ -205,7 +206,7 @@ fn give_back_from(
     for (_, path) in wanted {
         match bring_back(store, transaction, path) {
             Ok(true) => {
-                log::info!("gave back {} from {}: it is in use again", path.display(), transaction.id);
+                log::info!("gave back {} from {}: it is in use again", path.printable(), transaction.id);
                 restored.push(path.to_path_buf());
             }
             // It came back by itself: a push wrote it again.

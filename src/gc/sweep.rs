@@ -14,6 +14,7 @@ use crate::catalog::Catalog;
 use crate::catalog::intern::IdSet;
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::{Stat, Store, Version};
 use crate::trash::{self, Author, Transaction};
 
@@ -205,7 +206,7 @@ fn take_one(
         // A push may have moved it in the last moment; what can't be told counts as that.
         if !points_at.is_ok_and(|digest| digest == Some(catalog.digest(*target))) {
             transaction.put_back(store, &path)?;
-            return Err(Error::Changed { what: store.full(&path).display().to_string() });
+            return Err(Error::Changed { what: store.full(&path).printable().to_string() });
         }
     }
     if let What::Revision(repository, digest) = &item.what
@@ -219,7 +220,7 @@ fn take_one(
         // A push by digest writes this link and no more, so nothing but its time tells that there was one.
         if !moved.is_ok_and(|stat| stat.as_ref().is_some_and(is_known)) {
             transaction.put_back(store, &path)?;
-            return Err(Error::Changed { what: store.full(&path).display().to_string() });
+            return Err(Error::Changed { what: store.full(&path).printable().to_string() });
         }
     }
     Ok(was_there)

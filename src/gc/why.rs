@@ -27,6 +27,7 @@ use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::layout::{self, Kind};
 use crate::manifest;
+use crate::printable::Printable;
 use crate::store::Store;
 use crate::trash;
 pub use chains::{Chain, Link, Root, Step};
@@ -146,7 +147,7 @@ pub fn find(facts: &Facts<'_>, argument: &str) -> Result<Digest> {
         Error::invalid(format!(
             "the tag {argument} points nowhere: {} can't be read (a mount says why in reachability/broken; \
              `regfs gc STORE --repair` mends it if its history tells)",
-            link.display()
+            link.printable()
         ))
     })
 }

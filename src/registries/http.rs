@@ -19,6 +19,7 @@ use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::Registries;
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::Store;
 
 /// A registry that does not answer for so long does not answer.
@@ -174,7 +175,7 @@ impl Client {
         let elsewhere = || {
             Err(Error::invalid(format!(
                 "the registry at {url} stores somewhere else than {}; give the URL of the one that serves this storage",
-                store.full(Path::new("")).display()
+                store.full(Path::new("")).printable()
             )))
         };
         if let Some(witness) = witness
@@ -182,7 +183,7 @@ impl Client {
         {
             return elsewhere();
         }
-        let path = format!("/v2/{}/blobs/uploads/", repository.display());
+        let path = format!("/v2/{}/blobs/uploads/", repository.to_string_lossy());
         let rights = scope(repository, "pull,push");
         let (status, answer) = self.call(url, "POST", &path, &rights)?;
         match status {
@@ -291,11 +292,11 @@ fn fields(text: &str) -> HashMap<String, String> {
 }
 
 fn scope(repository: &Path, actions: &str) -> String {
-    format!("repository:{}:{actions}", repository.display())
+    format!("repository:{}:{actions}", repository.to_string_lossy())
 }
 
 fn blob(repository: &Path, digest: &Digest) -> String {
-    format!("/v2/{}/blobs/{digest}", repository.display())
+    format!("/v2/{}/blobs/{digest}", repository.to_string_lossy())
 }
 
 fn unexpected(url: &str, method: &str, status: u16) -> Error {

@@ -16,6 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::{Error, Result};
 use crate::layout::REGISTRY_DIR;
+use crate::printable::Printable;
 use crate::registry_config::{self, StoreArgument};
 
 /// What matters of a registry.
@@ -133,7 +134,7 @@ fn process(pid: u32, own: &Own) -> Option<Process> {
     if !words[..serve].iter().map(Path::new).chain(program.as_deref()).any(is_registry) {
         return None;
     }
-    let command = words.join(OsStr::new(" ")).to_string_lossy().into_owned();
+    let command = words.join(OsStr::new(" ")).printable().to_string();
     match serves(&place, words.get(serve + 1), own) {
         Ok(Serves::Other) => None,
         Ok(Serves::This(config)) => Some(Process { pid, command, config: Ok(*config) }),
@@ -167,7 +168,7 @@ fn serves(place: &Path, named: Option<&OsString>, own: &Own) -> io::Result<Serve
     let (directory, inside) = base(place, Path::new(&path))?;
     let file = open_in(&directory, &inside)?;
     if !is_as_at_start(place, &directory, &inside, &file)? {
-        let file = Path::new(&path).display();
+        let file = Path::new(&path).printable();
         return Ok(Serves::MayBe(format!(
             "{file} was changed after it began, so what it does is unknown; start it again"
         )));
@@ -177,7 +178,7 @@ fn serves(place: &Path, named: Option<&OsString>, own: &Own) -> io::Result<Serve
         let text = fs::read_to_string(&opened)?;
         // A driver that is named and is no filesystem stores elsewhere.
         let is_on_disk = text.contains("filesystem") || environment.keys().any(|name| is_of_storage(name));
-        let why = || format!("{} can't be understood", Path::new(&path).display());
+        let why = || format!("{} can't be understood", Path::new(&path).printable());
         return Ok(if is_on_disk { Serves::MayBe(why()) } else { Serves::Other });
     };
     let (directory, inside) = base(place, &config.storage_root)?;

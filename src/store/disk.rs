@@ -31,6 +31,7 @@ use rustix::io::Errno;
 use super::{Directory, Entry, Kind, Reader, Space, Stat, Store, expect_file};
 use crate::error::{Error, Found, Result};
 use crate::layout;
+use crate::printable::Printable;
 
 /// Space kept for a full disk: with 4 KiB for each directory enough to take more than a hundred blobs.
 pub const RESERVE_BYTES: u64 = 1 << 20;
@@ -60,7 +61,7 @@ impl Disk {
                 return Err(Error::invalid(format!(
                     "{} is not the storage of a registry: expected a directory {} in it (give the registry's \
                      rootdirectory, for example /var/lib/registry, or its config.yml)",
-                    storage_root.display(),
+                    storage_root.printable(),
                     layout::REGISTRY_DIR,
                 )));
             }
@@ -161,7 +162,7 @@ impl Disk {
                 fs::fchown(&target, Some(Uid::from_raw(wanted.st_uid)), Some(Gid::from_raw(wanted.st_gid)));
             match chown {
                 // Only root may give files away; the files in it keep their owner, which is what a registry reads.
-                Err(Errno::PERM) => log::warn!("could not {doing} {}: not root", self.full(path).display()),
+                Err(Errno::PERM) => log::warn!("could not {doing} {}: not root", self.full(path).printable()),
                 result => result.map_err(wrap)?,
             }
         }
@@ -472,7 +473,7 @@ impl Store for Disk {
         let text = format!("{} (pid {})\n", who, std::process::id());
         let described = file.set_len(0).and_then(|()| file.write_all_at(text.as_bytes(), 0));
         if let Err(e) = described {
-            log::debug!("could not say in {} who holds the lock: {e}", self.full(path).display());
+            log::debug!("could not say in {} who holds the lock: {e}", self.full(path).printable());
         }
         let own = self
             .open_below(Path::new(layout::OWN), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())
@@ -517,7 +518,7 @@ impl Disk {
         if own.and_then(|own| fs::unlinkat(&own, RESERVE, AtFlags::empty())).is_err() {
             return false;
         }
-        log::warn!("the disk of {} is full; the reserve is used up", self.path.display());
+        log::warn!("the disk of {} is full; the reserve is used up", self.path.printable());
         // ext4 hands out freed blocks only after a commit. When that fails, the next try tells why.
         let _ = fs::syncfs(self.root.as_fd());
         true
@@ -626,7 +627,7 @@ impl Disk {
         let mut file = self.create_own(new, doing)?;
         match fs::fchown(&file, Some(Uid::from_raw(wanted.st_uid)), Some(Gid::from_raw(wanted.st_gid))) {
             // Only root may give files away.
-            Err(Errno::PERM) => log::warn!("{} is not its registry's: not root", self.full(path).display()),
+            Err(Errno::PERM) => log::warn!("{} is not its registry's: not root", self.full(path).printable()),
             result => result.map_err(wrap)?,
         }
         fs::fchmod(&file, Mode::from_raw_mode(wanted.st_mode as RawMode & 0o666)).map_err(wrap)?;
@@ -724,7 +725,9 @@ fn held_by(mut file: &File) -> Error {
         // The name is a courtesy; who can't read it still learns that the store is locked.
         Ok(_) | Err(_) => "another regfs",
     };
-    Error::Busy { why: format!("the store is being changed by {holder}; try again when it is done") }
+    Error::Busy {
+        why: format!("the store is being changed by {}; try again when it is done", holder.printable()),
+    }
 }
 
 struct DiskFile(File);

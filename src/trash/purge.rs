@@ -18,6 +18,7 @@ use bytesize::ByteSize;
 
 use crate::error::{Error, Result, count};
 use crate::layout::{self, Kind};
+use crate::printable::Printable;
 use crate::progress::Progress;
 use crate::store::Store;
 
@@ -41,7 +42,7 @@ impl Purged {
     pub fn text(&self) -> String {
         let mut text = String::new();
         for path in &self.restored {
-            text += &format!("given back: {} is in use again\n", path.display());
+            text += &format!("given back: {} is in use again\n", path.printable());
         }
         for failure in &self.failures {
             text += &format!("failed: {failure}\n");

@@ -16,6 +16,7 @@ use crate::clock::Moment;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::Store;
 
 /// Longest file: a million blobs take 75 MB.
@@ -99,7 +100,7 @@ impl Stage {
             Ok(None) => Ok(None),
             Ok(Some((text, _))) => {
                 let read = serde_json::from_slice(&text);
-                Ok(Some(read.map_err(|e| format!("{}: {e}", store.full(&path).display()))))
+                Ok(Some(read.map_err(|e| format!("{}: {e}", store.full(&path).printable()))))
             }
             Err(e) if e.is_damage() => Ok(Some(Err(e.to_string()))),
             Err(e) => Err(e),

@@ -16,6 +16,7 @@ use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result, count};
 use crate::layout::{self, Kind};
 use crate::manifest::{self, MAX_SIZE};
+use crate::printable::Printable;
 use crate::store::{Store, read_link};
 
 /// What an undo did.
@@ -41,13 +42,13 @@ impl Undone {
             );
         }
         for path in &self.present {
-            text += &format!("present {}: it is there again, and is not replaced\n", path.display());
+            text += &format!("present {}: it is there again, and is not replaced\n", path.printable());
         }
         for path in &self.left {
-            text += &format!("left {}: its tag is gone\n", path.display());
+            text += &format!("left {}: its tag is gone\n", path.printable());
         }
         for path in &self.restored {
-            text += &format!("restored {}\n", path.display());
+            text += &format!("restored {}\n", path.printable());
         }
         text + &format!("undid {id}: {} restored\n", count(self.restored.len(), "path"))
     }

@@ -114,7 +114,8 @@ impl View<'_> {
             }
             let repository = self.snapshot.name_id(name);
             for id in digests.iter().copied() {
-                let text = format!("{}@{}", first.display(), self.snapshot.catalog.digest(id));
+                let mut text = first.to_os_string();
+                text.push(format!("@{}", self.snapshot.catalog.digest(id)));
                 entries.push(entry(text, Node::UntaggedManifest(id, repository)));
             }
         }

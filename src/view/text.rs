@@ -15,6 +15,7 @@ use crate::gc::plan::Policy;
 use crate::gc::report::{Place, human, timestamp};
 use crate::gc::why;
 use crate::manifest;
+use crate::printable::{self, Printable};
 use crate::store::Version;
 
 /// The file `README` in the mount.
@@ -28,7 +29,7 @@ impl View<'_> {
         let text = match node {
             Node::Readme => README.to_string(),
             Node::OciLayout => OCI_LAYOUT.to_string(),
-            Node::LayoutIndex(id) => self.layout_index(id)?,
+            Node::LayoutIndex(id) => return Some(self.layout_index(id)?.into_bytes().into()),
             Node::References(id) => self.references(id),
             Node::Summary => self.summary(),
             Node::Usage => return Some(self.usage()),
@@ -37,7 +38,7 @@ impl View<'_> {
             Node::WhyText(id) => self.why(id)?,
             _ => return None,
         };
-        Some(text.into_bytes().into())
+        Some(printable::lines(&text).into_bytes().into())
     }
 
     /// `index.json` of the image layout of one manifest.
@@ -63,10 +64,10 @@ impl View<'_> {
         let (catalog, uses) = (&self.snapshot.catalog, self.snapshot.uses());
         let mut lines: Vec<String> = Vec::new();
         for (repository, tag) in uses.tags.get(&id).into_iter().flatten() {
-            lines.push(format!("tag {}:{}", repository.display(), catalog.name(*tag).display()));
+            lines.push(format!("tag {}:{}", repository.printable(), catalog.name(*tag).printable()));
         }
         for repository in uses.revisions.get(&id).into_iter().flatten() {
-            lines.push(format!("repository {}@{}", repository.display(), catalog.digest(id)));
+            lines.push(format!("repository {}@{}", repository.printable(), catalog.digest(id)));
         }
         for manifest in uses.manifests.get(&id).into_iter().flatten() {
             lines.push(format!("manifest {}", catalog.digest(*manifest)));
@@ -159,8 +160,8 @@ impl View<'_> {
                     }
                     lines.push(format!(
                         "{}\t{}\t{}\t{unique}\t{}\t{total}\t{}\n",
-                        repository.name.display(),
-                        catalog.name(tag.name).display(),
+                        repository.name.printable(),
+                        catalog.name(tag.name).printable(),
                         catalog.digest(target),
                         total - unique,
                         match tag.version {
@@ -205,14 +206,14 @@ impl View<'_> {
         for manifest in uses.manifests.get(&id).into_iter().flatten() {
             text += &format!("manifest {}\n", catalog.digest(*manifest));
             for (repository, tag) in uses.tags.get(manifest).into_iter().flatten() {
-                text += &format!("  tag {}:{}\n", repository.display(), catalog.name(*tag).display());
+                text += &format!("  tag {}:{}\n", repository.printable(), catalog.name(*tag).printable());
             }
         }
         for repository in uses.revisions.get(&id).into_iter().flatten() {
-            text += &format!("repository {} as a manifest\n", repository.display());
+            text += &format!("repository {} as a manifest\n", repository.printable());
         }
         for (repository, tag) in uses.tags.get(&id).into_iter().flatten() {
-            text += &format!("tag {}:{}\n", repository.display(), catalog.name(*tag).display());
+            text += &format!("tag {}:{}\n", repository.printable(), catalog.name(*tag).printable());
         }
         Some(text)
     }
@@ -224,7 +225,7 @@ impl View<'_> {
         Some(format!(
             "{}\nwhere: {}\nso: {}\n",
             problem.what,
-            self.store.full(&problem.path).display(),
+            self.store.full(&problem.path).printable(),
             problem.effect,
         ))
     }
@@ -242,7 +243,10 @@ impl View<'_> {
             let (files, bytes) = (count(s.files, "file"), human(s.bytes));
             text += &format!(
                 "{:<28} {:<20} {files:>12} {bytes:>10}  {who}  {}  ({})\n",
-                s.id, s.time, s.command, s.reason
+                s.id.printable(),
+                s.time.printable(),
+                s.command.printable(),
+                s.reason.printable()
             );
         }
         text + &format!("{}, {} in all\n", count(summaries.len(), "transaction"), human(total))

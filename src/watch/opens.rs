@@ -18,6 +18,7 @@ use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 use super::{METADATA, number, place_of};
 use crate::error::{Error, Result};
 use crate::layout::REGISTRY_DIR;
+use crate::printable::Printable;
 use crate::sys;
 
 /// Bytes for events that are read at once.
@@ -48,7 +49,7 @@ impl Opens {
         let directory = directory.canonicalize().map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => Error::invalid(format!(
                 "{} does not exist; make that directory, for the registry to work in",
-                directory.display()
+                directory.printable()
             )),
             _ => failed(e),
         })?;
@@ -122,7 +123,7 @@ fn is_mount_of(directory: &Path, storage: &Path) -> Result<bool> {
         false => Err(Error::invalid(format!(
             "{} is the storage itself; give that as STORE (not a config.yml that names the guarded directory), and as the \
              guarded directory another one, which is the rootdirectory of the registry",
-            directory.display()
+            directory.printable()
         ))),
     }
 }
@@ -133,8 +134,8 @@ fn bind(directory: &Path, storage: &Path) -> Result<()> {
     if directory.read_dir().map_err(failed)?.next().is_some() {
         return Err(Error::invalid(format!(
             "{} is neither empty nor a bind mount of {}; the guard takes an empty directory",
-            directory.display(),
-            storage.display()
+            directory.printable(),
+            storage.printable()
         )));
     }
     mount_bind(storage, directory).map_err(|e| failed(e.into()))?;

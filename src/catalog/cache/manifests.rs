@@ -228,7 +228,7 @@ mod tests {
 
     fn texts(catalog: &Catalog) -> Vec<String> {
         let digest = |id: &DigestId| catalog.digest(*id).to_string();
-        let name = |id: &NameId| catalog.name(*id).display().to_string();
+        let name = |id: &NameId| catalog.name(*id).to_string_lossy().into_owned();
         let mut texts: Vec<String> = catalog
             .manifests
             .iter()

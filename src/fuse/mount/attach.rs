@@ -16,6 +16,7 @@ use rustix::mount::{
 
 use super::MountOptions;
 use crate::error::{Error, Result};
+use crate::printable::Printable;
 
 /// `MOVE_MOUNT_BENEATH` (Linux 6.5), which rustix has no name for.
 const BENEATH: MoveMountFlags = MoveMountFlags::from_bits_retain(0x200);
@@ -86,7 +87,7 @@ pub(super) fn replace(root: &OwnedFd, mountpoint: &Path) -> Result<()> {
         Err(Errno::INVAL) => {
             log::warn!(
                 "this kernel can't mount beneath {}: for a moment nothing was mounted there",
-                mountpoint.display()
+                mountpoint.printable()
             );
             take_away()?;
             attach(root, mountpoint)

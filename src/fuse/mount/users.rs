@@ -3,6 +3,8 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+use crate::printable::Printable;
+
 use super::table::mounts;
 
 /// How many are named; a tree of a hundred workers needs no hundred lines.
@@ -12,7 +14,7 @@ const NAMED: usize = 10;
 pub(super) fn users(mountpoint: &Path) -> Vec<String> {
     let mounts = mounts().unwrap_or_default().into_iter().map(|mount| mount.place);
     let inside = mounts.filter(|place| place != mountpoint && place.starts_with(mountpoint));
-    let inside = inside.map(|place| format!("something is mounted on {}", place.display()));
+    let inside = inside.map(|place| format!("something is mounted on {}", place.printable()));
     let mut lines: Vec<String> = inside.chain(processes(mountpoint)).collect();
     if lines.len() > NAMED {
         let more = lines.len() - NAMED;
@@ -36,13 +38,13 @@ fn process(pid: u32, mountpoint: &Path) -> Option<String> {
     let leads_in = |link: &Path| std::fs::read_link(link).ok().filter(|path| path.starts_with(mountpoint));
     let what = [("cwd", "is in"), ("root", "has its root in"), ("exe", "runs")]
         .into_iter()
-        .find_map(|(link, does)| Some(format!("{does} {}", leads_in(&dir.join(link))?.display())))
+        .find_map(|(link, does)| Some(format!("{does} {}", leads_in(&dir.join(link))?.printable())))
         .or_else(|| {
             let files = std::fs::read_dir(dir.join("fd")).ok()?;
             let open = files.flatten().find_map(|file| leads_in(&file.path()))?;
-            Some(format!("has {} open", open.display()))
+            Some(format!("has {} open", open.printable()))
         })?;
     let name = std::fs::read_to_string(dir.join("comm")).unwrap_or_default();
-    let name = OsStr::new(name.trim_end()).display().to_string();
+    let name = OsStr::new(name.trim_end()).printable().to_string();
     Some(format!("{name} (process {pid}) {what}"))
 }

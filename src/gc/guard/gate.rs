@@ -11,6 +11,7 @@ use crate::catalog::Catalog;
 use crate::catalog::intern::DigestId;
 use crate::digest::Digest;
 use crate::error::Result;
+use crate::printable::Printable;
 use crate::store::Store;
 
 /// What is known of the registries that serve a store.
@@ -133,8 +134,10 @@ impl fmt::Display for Gate {
         match self {
             Gate::Stopped => f.write_str("no registry runs, or none can be written to"),
             Gate::Off => f.write_str("the registry remembers nothing (no cache.blobdescriptor)"),
-            Gate::Probe(probe) => write!(f, "each registry is asked before a blob goes ({})", probe.0.name()),
-            Gate::Stop { why } => write!(f, "held back: {why}"),
+            Gate::Probe(probe) => {
+                write!(f, "each registry is asked before a blob goes ({})", probe.0.name().printable())
+            }
+            Gate::Stop { why } => write!(f, "held back: {}", why.printable()),
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::clock::Moment;
 use crate::digest::Digest;
 use crate::error::{Result, count};
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::Store;
 
 /// Longest file: a million blobs take 75 MB.
@@ -65,7 +66,7 @@ impl Ledger {
             let (path, lines) = (store.full(path), count(unread, "line"));
             log::warn!(
                 "{}: {lines} can't be read ({e}); what they say is dead is so from now on",
-                path.display()
+                path.printable()
             );
         }
         Ok(ledger)

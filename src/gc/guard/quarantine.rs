@@ -15,6 +15,7 @@ use crate::gc::Progress;
 use crate::gc::plan::What;
 use crate::gc::sweep::Taken;
 use crate::layout::{self, Kind};
+use crate::printable::Printable;
 use crate::trash::stage::Stage;
 use crate::trash::{Author, Contents, Transaction};
 
@@ -93,7 +94,7 @@ impl Round<'_> {
                 && !forget::is_there(self.store, &layout::layer_link(&repository, &digest))?;
             if is_gone && probe.0.remembers(&repository, &digest)? {
                 return Err(Error::Busy {
-                    why: format!("{}: a registry still remembers {digest}", repository.display()),
+                    why: format!("{}: a registry still remembers {digest}", repository.printable()),
                 });
             }
         }

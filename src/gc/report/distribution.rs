@@ -14,6 +14,7 @@ use super::Report;
 use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Keeps, Parsed, Repository};
 use crate::gc::plan::What;
+use crate::printable::Printable;
 
 impl Report {
     /// Writes the lines of the stock collector.
@@ -27,7 +28,7 @@ impl Report {
                 // A directory on the way to repositories.
                 continue;
             }
-            writeln!(out, "{}", name.display())?;
+            writeln!(out, "{}", name.printable())?;
             let mut mark = |id: DigestId| {
                 if marked.insert(id) {
                     blobs_marked += 1;
@@ -52,7 +53,7 @@ impl Report {
             if let What::LayerLink(name, id) = item.what {
                 let name = catalog.name(name);
                 let digest = catalog.digest(id);
-                writeln!(out, "{}: layer link eligible for deletion: {digest}", name.display())?;
+                writeln!(out, "{}: layer link eligible for deletion: {digest}", name.printable())?;
             }
         }
         Ok(())
@@ -78,13 +79,13 @@ impl Report {
                 writeln!(out, "manifest eligible for deletion: {digest}")?;
                 continue;
             }
-            writeln!(out, "{}: marking manifest {digest} ", name.display())?;
+            writeln!(out, "{}: marking manifest {digest} ", name.printable())?;
             mark(revision.digest);
             said.insert(revision.digest);
             let Some(parsed) = catalog.parsed(revision.target) else { continue };
             for descriptor in parsed.descriptors() {
                 let digest = catalog.digest(descriptor.digest);
-                writeln!(out, "{}: marking blob {digest}", name.display())?;
+                writeln!(out, "{}: marking blob {digest}", name.printable())?;
                 mark(descriptor.digest);
                 said.insert(descriptor.digest);
             }
@@ -101,7 +102,7 @@ impl Report {
                 continue;
             }
             if said.insert(id) {
-                writeln!(out, "{}: marking blob {}", name.display(), catalog.digest(id))?;
+                writeln!(out, "{}: marking blob {}", name.printable(), catalog.digest(id))?;
                 mark(id);
             }
             waiting.extend(catalog.aliases.get(&id).into_iter().flatten());
@@ -127,16 +128,16 @@ impl Report {
             writeln!(
                 out,
                 "regfs: problem: {}: {}; {}",
-                problem.path.display(),
+                problem.path.printable(),
                 problem.what,
                 problem.effect
             )?;
         }
         for path in &self.restored {
-            writeln!(out, "regfs: given back: {} is in use again", path.display())?;
+            writeln!(out, "regfs: given back: {} is in use again", path.printable())?;
         }
         for failure in &self.failures {
-            writeln!(out, "regfs: failed: {failure}")?;
+            writeln!(out, "regfs: failed: {}", failure.printable())?;
         }
         Ok(())
     }

@@ -112,7 +112,7 @@ impl Serialize for Repositories<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let figures = &self.0.figures;
         serializer.collect_seq(figures.repositories.iter().chain([&figures.unclaimed]).map(|usage| {
-            let name = usage.repository.display().to_string();
+            let name = usage.repository.to_string_lossy().into_owned();
             RepositoryUsage {
                 repository: (!name.is_empty()).then_some(name),
                 kept_bytes: usage.kept_bytes,
@@ -129,7 +129,7 @@ impl Serialize for Taken<'_> {
         let tables = &self.0.catalog.tables;
         serializer.collect_seq(self.0.taken().map(|item| TakenItem {
             kind: item.kind(),
-            path: item.path(tables).display().to_string(),
+            path: item.path(tables).to_string_lossy().into_owned(),
             digest: item.digest().map(|id| tables.digests.get(id)),
             bytes: item.bytes,
             reason: item.reason.to_string(),
@@ -151,7 +151,7 @@ impl Serialize for Young<'_> {
 impl Serialize for Problems<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(self.0.problems().map(|(problem, held_back_bytes)| ReportedProblem {
-            path: problem.path.display().to_string(),
+            path: problem.path.to_string_lossy().into_owned(),
             what: &problem.what,
             effect: problem.effect.to_string(),
             held_back_bytes,
@@ -199,14 +199,14 @@ impl Report {
             repairs: self
                 .repairs()
                 .map(|(repair, done)| ReportedRepair {
-                    path: repair.path.display().to_string(),
+                    path: repair.path.to_string_lossy().into_owned(),
                     what: repair.fix.to_string(),
                     done,
                 })
                 .collect(),
             dropped_transactions: &self.dropped_transactions,
             purged_transactions: &self.purged_transactions,
-            restored: self.restored.iter().map(|path| path.display().to_string()).collect(),
+            restored: self.restored.iter().map(|path| path.to_string_lossy().into_owned()).collect(),
             failures: &self.failures,
             problems: Problems(self),
         };

@@ -10,6 +10,7 @@ use super::figures::Usage;
 use super::{Mode, Report, Total, human, timestamp};
 use crate::error::count;
 use crate::gc::plan::{Item, ItemKind};
+use crate::printable::Printable;
 
 /// How many repositories and problems are shown unless all are asked for.
 const SHOWN: usize = 20;
@@ -38,7 +39,9 @@ impl Place<'_> {
     /// The command that gives a transaction back (`undo`) or frees it (`purge`).
     pub(in crate::gc) fn trash(&self, command: &str, id: &str) -> String {
         match self {
-            Place::CommandLine(store) => format!("regfs trash {} {command} {id}", store.display()),
+            Place::CommandLine(store) => {
+                format!("regfs trash {} {command} {}", store.printable(), id.printable())
+            }
             Place::ControlFile => format!("echo '{command} {id}' > control/trash"),
         }
     }
@@ -46,7 +49,7 @@ impl Place<'_> {
     /// The command that shows what a sweep would take.
     pub(in crate::gc) fn dry_run(&self) -> String {
         match self {
-            Place::CommandLine(store) => format!("regfs gc {} --dry-run", store.display()),
+            Place::CommandLine(store) => format!("regfs gc {} --dry-run", store.printable()),
             Place::ControlFile => "echo dry-run > control/gc; cat control/gc".to_string(),
         }
     }
@@ -97,7 +100,7 @@ impl Report {
         let shown = if details == Details::Everything { problems.len() } else { SHOWN };
         writeln!(out, "{}:", count(problems.len(), "problem"))?;
         for (problem, held_back) in problems.iter().take(shown) {
-            let path = problem.path.display().to_string();
+            let path = problem.path.printable().to_string();
             match problem.what.contains(&path) {
                 true => writeln!(out, "  {}", problem.what)?,
                 false => writeln!(out, "  {path}: {}", problem.what)?,
@@ -127,7 +130,7 @@ impl Report {
             (Mode::Sweep, None) => ("FREED", "MANIFESTS TAKEN"),
         };
         let mut rows = vec![row("REPOSITORY", ["KEPT", taken, "YOUNG", manifests].map(String::from))];
-        let name = |usage: &Usage| usage.repository.display().to_string();
+        let name = |usage: &Usage| usage.repository.printable().to_string();
         rows.extend(repositories.iter().take(shown).map(|u| usage_row(&name(u), u)));
         if repositories.len() > shown {
             let rest = repositories.len() - shown;
@@ -162,7 +165,7 @@ impl Report {
             let noun = item.kind().noun().replace(' ', "-");
             match (item.kind(), item.digest()) {
                 (ItemKind::Blob, Some(id)) => write!(out, "{noun} {}", tables.digests.get(id))?,
-                _ => write!(out, "{noun} {}", item.path(tables).display())?,
+                _ => write!(out, "{noun} {}", item.path(tables).printable())?,
             }
             writeln!(out, "{bytes}: {}", item.reason)?;
         }
@@ -202,7 +205,7 @@ impl Report {
         let shown = if details == Details::Everything { usize::MAX } else { SHOWN };
         for (repair, is_done) in self.repairs().take(shown) {
             let word = if is_done { "repaired" } else { "can be repaired" };
-            writeln!(out, "{word}: {}: {}", repair.path.display(), repair.fix)?;
+            writeln!(out, "{word}: {}: {}", repair.path.printable(), repair.fix)?;
         }
         let broken = self.repairs().filter(|(_, is_done)| !is_done).count();
         match broken {
@@ -217,7 +220,7 @@ impl Report {
 
     fn write_trash(&self, out: &mut dyn Write) -> io::Result<()> {
         for path in &self.restored {
-            writeln!(out, "given back: {} is in use again", path.display())?;
+            writeln!(out, "given back: {} is in use again", path.printable())?;
         }
         for id in &self.dropped_transactions {
             writeln!(out, "dropped {id} from the trash: its undo needed bytes that are gone now")?;

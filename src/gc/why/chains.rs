@@ -13,6 +13,7 @@ use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Catalog, Effect, Keeps, Parsed, Repository, Revision};
 use crate::digest::Digest;
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::Version;
 
 /// A way from a root to the digest.
@@ -404,8 +405,8 @@ impl Ways {
 pub(super) fn reference(chain: &Chain) -> String {
     let name: &Path = &chain.repository;
     match (&chain.root, chain.steps.first()) {
-        (Root::Tag { name: tag, .. }, _) => format!("{}:{tag}", name.display()),
-        (_, Some(step)) => format!("{}@{}", name.display(), step.digest),
-        (_, None) => name.display().to_string(),
+        (Root::Tag { name: tag, .. }, _) => format!("{}:{}", name.printable(), tag.printable()),
+        (_, Some(step)) => format!("{}@{}", name.printable(), step.digest),
+        (_, None) => name.printable().to_string(),
     }
 }

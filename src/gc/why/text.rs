@@ -1,5 +1,6 @@
 //! An answer as text and as JSON.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
@@ -9,13 +10,14 @@ use super::chains::reference;
 use super::report::{Place, age, human, timestamp};
 use super::{Chain, Garbage, Link, Root, Step, Why};
 use crate::error::count;
+use crate::printable::Printable;
 
 impl Why {
     /// Writes the answer for people.
     pub fn write_text(&self, out: &mut dyn Write, place: Place<'_>) -> io::Result<()> {
         self.write_thing(out)?;
         for obstacle in &self.obstacles {
-            writeln!(out, "no collection runs before this is mended: {obstacle}")?;
+            writeln!(out, "no collection runs before this is mended: {}", obstacle.printable())?;
         }
         match &self.garbage {
             Some(garbage) => self.write_garbage(out, garbage)?,
@@ -38,7 +40,7 @@ impl Why {
         let article = if self.kind == "index" { "an" } else { "a" };
         write!(out, "{} is {article} {}", self.digest, self.kind)?;
         if let Some(media_type) = &self.media_type {
-            write!(out, " ({media_type})")?;
+            write!(out, " ({})", media_type.printable())?;
         }
         if let Some(bytes) = self.bytes {
             write!(out, ", {}", human(bytes))?;
@@ -100,7 +102,7 @@ impl Why {
             }
         }
         for repository in &garbage.links {
-            writeln!(out, "layer link in {}: goes along with it", repository.display())?;
+            writeln!(out, "layer link in {}: goes along with it", repository.printable())?;
         }
         Ok(())
     }
@@ -108,7 +110,7 @@ impl Why {
     fn write_trash(&self, out: &mut dyn Write) -> io::Result<()> {
         for trashed in &self.trash {
             let names = |list: &[PathBuf]| {
-                list.iter().map(|name| name.display().to_string()).collect::<Vec<_>>().join(", ")
+                list.iter().map(|name| name.printable().to_string()).collect::<Vec<_>>().join(", ")
             };
             let mut parts: Vec<String> = Vec::new();
             parts.extend(trashed.has_bytes.then(|| "its bytes".to_string()));
@@ -118,7 +120,7 @@ impl Why {
             if !trashed.links.is_empty() {
                 parts.push(format!("the layer link of {}", names(&trashed.links)));
             }
-            writeln!(out, "in the trash: {} lies in {}", parts.join(", "), trashed.id)?;
+            writeln!(out, "in the trash: {} lies in {}", parts.join(", "), trashed.id.printable())?;
         }
         Ok(())
     }
@@ -154,13 +156,13 @@ impl Why {
                 "last_used": garbage.last_used.map(timestamp),
                 "eligible_at": garbage.eligible_at.map(timestamp),
                 "eligible": garbage.is_eligible,
-                "layer_links": garbage.links,
+                "layer_links": exact(&garbage.links),
             })),
             "trash": self.trash.iter().map(|trashed| json!({
                 "id": trashed.id,
                 "bytes": trashed.has_bytes,
-                "manifest_of": trashed.revisions,
-                "layer_links": trashed.links,
+                "manifest_of": exact(&trashed.revisions),
+                "layer_links": exact(&trashed.links),
             })).collect::<Vec<_>>(),
             "obstacles": self.obstacles,
         })
@@ -181,7 +183,7 @@ fn write_chain(out: &mut dyn Write, chain: &Chain) -> io::Result<()> {
     };
     writeln!(out, "{} ({what})", reference(chain))?;
     for problem in &chain.problems {
-        writeln!(out, "  because {problem}")?;
+        writeln!(out, "  because {}", problem.printable())?;
     }
     chain.steps.iter().try_for_each(|step| write_step(out, step))
 }
@@ -189,7 +191,7 @@ fn write_chain(out: &mut dyn Write, chain: &Chain) -> io::Result<()> {
 fn write_step(out: &mut dyn Write, step: &Step) -> io::Result<()> {
     write!(out, "  → {} {}", step.kind, step.digest)?;
     if let Some(platform) = &step.platform {
-        write!(out, " ({platform})")?;
+        write!(out, " ({})", platform.printable())?;
     }
     writeln!(
         out,
@@ -201,6 +203,11 @@ fn write_step(out: &mut dyn Write, step: &Step) -> io::Result<()> {
             Some(Link::Names) | None => "",
         }
     )
+}
+
+/// Names for programs; what is no UTF-8 can't stand in JSON.
+fn exact(names: &[PathBuf]) -> Vec<Cow<'_, str>> {
+    names.iter().map(|name| name.to_string_lossy()).collect()
 }
 
 fn chain_json(chain: &Chain) -> Value {
@@ -226,7 +233,7 @@ fn chain_json(chain: &Chain) -> Value {
         })
     };
     json!({
-        "repository": chain.repository,
+        "repository": chain.repository.to_string_lossy(),
         "root": root,
         "tag": tag,
         "pushed": pushed.map(timestamp),
