@@ -1,0 +1,255 @@
+//! One collection: its looks, its plan, and what comes of that. Each step is a function; [`Collection::sweep`] is their order.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::guard::{self, Round};
+use super::plan::{Plan, Policy};
+use super::report::{Mode, Report};
+use super::{LOCK_WAIT, Options, Progress, give_back as give, leftovers, purge, sweep};
+use crate::catalog::cache::{self, News, Place};
+use crate::catalog::scan::{Depth, scan_once, scan_strictly};
+use crate::catalog::{Catalog, Effect, Keeps, Tables};
+use crate::clock::Moment;
+use crate::error::{Error, Result};
+use crate::layout;
+use crate::store::Store;
+use crate::store::resting::Resting;
+use crate::trash::{self, Author};
+
+/// A collection that goes on.
+pub(super) struct Collection<'a> {
+    store: &'a dyn Store,
+    tables: Tables,
+    /// What the cache knows of links, until it was written anew.
+    links: Option<Catalog>,
+    options: Options,
+    author: &'a Author,
+    progress: &'a dyn Progress,
+    /// When the first look began, so what was under way then, it may not have seen.
+    look: Moment,
+    now: SystemTime,
+}
+
+/// What the looks under the lock decided.
+struct Decided {
+    catalog: Catalog,
+    plan: Plan,
+    restored: Vec<PathBuf>,
+}
+
+impl<'a> Collection<'a> {
+    /// Reads the cache.
+    pub(super) fn begin(
+        store: &'a dyn Store,
+        tables: &Tables,
+        options: &Options,
+        author: &'a Author,
+        progress: &'a dyn Progress,
+    ) -> Collection<'a> {
+        let (tables, links) = match &options.cache {
+            Some(place) => {
+                let (tables, links) = cache::load(store, place, tables);
+                (tables, Some(links))
+            }
+            None => (tables.clone(), None),
+        };
+        let (look, now) = (Moment::now(), SystemTime::now());
+        Collection { store, tables, links, options: options.clone(), author, progress, look, now }
+    }
+
+    pub(super) fn run(mut self) -> Result<Report> {
+        if self.options.dry_run {
+            return self.dry_run();
+        }
+        self.options = self.options.settled()?;
+        self.sweep()
+    }
+
+    fn dry_run(mut self) -> Result<Report> {
+        self.progress.phase("mark", 0);
+        let mut catalog = scan_once(self.store, &self.tables, self.links.as_ref(), depth(&self.options))?;
+        catalog = judged(catalog, &self.options);
+        self.save_cache(&catalog);
+        // All that is needed of it is in the catalog by now.
+        catalog.tables.known = Arc::default();
+        self.tables.known = Arc::default();
+        self.progress.phase("plan", 0);
+        let plan = Arc::new(Plan::new(self.store, &catalog, &self.policy())?);
+        let mut report = Report::new(self.store, Mode::DryRun, &self.options, self.now, &catalog, plan)?;
+        report.set_states(self.store, &self.tables, self.now)?;
+        Ok(report)
+    }
+
+    fn sweep(mut self) -> Result<Report> {
+        let (first, plan) = self.first_look()?;
+        self.stop_if_told()?;
+        let _lock = self.store.lock(&self.author.command, LOCK_WAIT)?;
+        let Decided { catalog, plan, restored } = self.second_look(first, plan)?;
+        self.stop_if_told()?;
+        let mut report = self.take(&catalog, plan)?;
+        report.set_restored(&restored);
+        // Things were taken by now: whatever fails from here on belongs into the report of that.
+        if let Err(e) = self.look_back(&catalog, &mut report) {
+            report.failures.push(e.to_string());
+        }
+        report.finished_at = SystemTime::now();
+        Ok(report)
+    }
+
+    /// By far the longest part; others may change the store meanwhile, as pushes do.
+    fn first_look(&self) -> Result<(Catalog, Plan)> {
+        self.progress.phase("mark", 0);
+        let resting = Resting::new(self.store, self.progress);
+        let store: &dyn Store = if self.tables.is_patient { &resting } else { self.store };
+        let catalog = judged(scan_strictly(store, &self.tables, self.links.as_ref())?, &self.options);
+        self.progress.phase("plan", 0);
+        let plan = Plan::new(store, &catalog, &self.policy())?;
+        Ok((catalog, plan))
+    }
+
+    /// Looks again, under the lock: what is in use again comes back, and what is no longer garbage stays.
+    fn second_look(&mut self, first: Catalog, mut plan: Plan) -> Result<Decided> {
+        self.progress.phase("re-check", 0);
+        let (mut catalog, mut restored) = give_back(self.store, &self.tables, Some(&first), &self.options)?;
+        drop(first);
+        self.save_cache(&catalog);
+        self.options.gate = self.options.gate.verified(self.store, &catalog);
+        let policy = self.policy();
+        if !restored.is_empty() {
+            // With what came back something else may be garbage, which takes two looks as well.
+            plan = Plan::new(self.store, &catalog, &policy)?;
+            let (again, more) = give_back(self.store, &self.tables, Some(&catalog), &self.options)?;
+            catalog = again;
+            restored.extend(more);
+        }
+        let plan = plan.confirmed(self.store, &catalog, &policy)?;
+        Ok(Decided { catalog, plan, restored })
+    }
+
+    /// Takes what is due now.
+    fn take(&self, catalog: &Catalog, plan: Plan) -> Result<Report> {
+        let Collection { store, options, .. } = self;
+        let policy = self.policy();
+        if !options.gate.is_beside() {
+            let plan = Arc::new(plan);
+            let mut report = Report::new(*store, Mode::Sweep, options, self.now, catalog, plan.clone())?;
+            report.set_taken(sweep::take(*store, catalog, &plan, options, self.author, self.progress)?);
+            return Ok(report);
+        }
+        let unclear = guard::go_on(*store)?;
+        let round = Round { store: *store, catalog, options, policy: &policy, look: &self.look };
+        let course = round.decide(plan)?;
+        let plan = Arc::new(course.plan.clone());
+        let mut report = Report::new(*store, Mode::Sweep, options, self.now, catalog, plan)?;
+        report.set_taken(round.act(&course, self.author, self.progress)?);
+        report.failures.extend(unclear);
+        Ok(report)
+    }
+
+    /// Gives back what a push relies on that came meanwhile, then purges what the trash has kept long enough and, with
+    /// `now`, what was just taken.
+    fn look_back(&self, catalog: &Catalog, report: &mut Report) -> Result<()> {
+        self.progress.phase("look back", 0);
+        report.set_restored(&give_back(self.store, &self.tables, Some(catalog), &self.options)?.1);
+        if self.progress.is_stopped() {
+            report.is_stopped = true;
+            return Ok(());
+        }
+        let doomed = self.doomed(report)?;
+        if !doomed.is_empty() {
+            self.purge(&doomed, report)?;
+        }
+        report.set_states(self.store, &self.tables, self.look.wall())
+    }
+
+    /// The transactions that go now; those whose undo ends with them are in the report.
+    fn doomed(&self, report: &mut Report) -> Result<Vec<String>> {
+        let left = trash::ids(self.store)?;
+        let own = report.transaction.clone().filter(|id| left.contains(id));
+        let mut doomed = purge::over_age(self.store, &self.options, self.now, &self.look)?;
+        doomed.retain(|id| Some(id) != own.as_ref());
+        if let Some(own) = own.filter(|_| self.options.now) {
+            let ended = trash::purge::undone_only_with(self.store, &own)?;
+            report.dropped_transactions = ended.clone();
+            doomed.extend(ended);
+            doomed.push(own);
+            doomed.sort_unstable();
+            doomed.dedup();
+        }
+        Ok(doomed)
+    }
+
+    fn purge(&self, doomed: &[String], report: &mut Report) -> Result<()> {
+        let blobs = purge::blobs_in(self.store, doomed)?;
+        let purged = trash::purge::purge(self.store, doomed, self.progress)?;
+        report.set_purged(purged, self.options.now);
+        let policy = self.policy();
+        for blob in blobs {
+            // Without it, a link to the blob is seen to be one without bytes.
+            leftovers::remove_old_directory(self.store, &layout::blob_dir(&blob), &policy)?;
+        }
+        Ok(())
+    }
+
+    fn policy(&self) -> Policy {
+        Policy::new(&self.options, self.now)
+    }
+
+    fn stop_if_told(&self) -> Result<()> {
+        match self.progress.is_stopped() {
+            true => Err(Error::Busy { why: "stopped before the first change".to_string() }),
+            false => Ok(()),
+        }
+    }
+
+    /// Keeps what was found out; a cache that can't be written costs the next run some time, and nothing else.
+    fn save_cache(&mut self, catalog: &Catalog) {
+        let Options { cache, dry_run, .. } = &self.options;
+        let place = cache.as_ref().filter(|place| !dry_run || **place != Place::Store);
+        if let (Some(place), Some(links)) = (place, self.links.take())
+            && let Err(e) = cache::save(self.store, place, catalog, News::of(catalog, &links))
+        {
+            log::warn!("{e}");
+        }
+    }
+}
+
+/// What a dry run has to look at.
+fn depth(options: &Options) -> Depth {
+    let judges_tags = options.untagged || options.orphans || options.thorough || options.repair;
+    // What is kept for the next run is worth nothing without.
+    let is_kept = matches!(options.cache, Some(Place::Directory(_)));
+    Depth { tags: judges_tags || !options.quick, times: judges_tags || is_kept }
+}
+
+/// Looks at the store, at what changed if there is a `previous` look, and gives back what is in use again; the catalog
+/// afterwards, and what came back.
+pub(super) fn give_back(
+    store: &dyn Store,
+    tables: &Tables,
+    previous: Option<&Catalog>,
+    options: &Options,
+) -> Result<(Catalog, Vec<PathBuf>)> {
+    let look = |previous: Option<&Catalog>| Ok(judged(scan_strictly(store, tables, previous)?, options));
+    give::give_back(store, look(previous)?, &|previous| look(Some(previous)))
+}
+
+/// The catalog as the caller wants it judged: with `ignore_damaged` no damage keeps what it might hold.
+///
+/// What can't be read at all has ended the run before; repositories whose names no registry gives stay as they are.
+fn judged(mut catalog: Catalog, options: &Options) -> Catalog {
+    if !options.ignore_damaged {
+        return catalog;
+    }
+    for repository in catalog.repositories.values_mut().filter(|r| r.is_valid && r.keeps != Keeps::Named) {
+        Arc::make_mut(repository).keeps = Keeps::Named;
+    }
+    for problem in &mut catalog.problems {
+        if matches!(problem.effect, Effect::KeepsEverything(_) | Effect::KeepsRevisions(_)) {
+            problem.effect = Effect::KeepsNamed;
+        }
+    }
+    catalog
+}

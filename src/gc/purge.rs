@@ -1,0 +1,91 @@
+//! What of the trash is purged, by a command or because the trash has kept it long enough.
+
+use std::time::{Duration, SystemTime};
+
+use super::guard::{self, gate::Gate};
+use super::{LOCK_WAIT, Options, collect};
+use crate::catalog::Tables;
+use crate::clock::Moment;
+use crate::digest::Digest;
+use crate::error::{self, Result};
+use crate::layout;
+use crate::progress::Unwatched;
+use crate::store::Store;
+use crate::trash::purge::Purged;
+use crate::trash::{self, Author, Selection};
+
+/// Purges transactions of the trash, after giving back what a manifest names again. What a registry may rely on, going by
+/// `gate`, stays.
+pub fn purge_trash(
+    store: &dyn Store,
+    tables: &Tables,
+    author: &Author,
+    selection: &Selection,
+    gate: &Gate,
+) -> Result<Purged> {
+    let _lock = store.lock(&author.command, LOCK_WAIT)?;
+    let look = Moment::now();
+    let (_, restored) = collect::give_back(store, tables, None, &Options::default())?;
+    let (mut doomed, mut kept) = (Vec::new(), Vec::new());
+    for id in selection.of(store, SystemTime::now())? {
+        let transaction = trash::read(store, &id)?;
+        let why = match gate {
+            Gate::Stopped => None,
+            _ => transaction
+                .is_waiting(&look, Duration::ZERO)
+                .or_else(|| guard::is_remembered(&transaction, gate)),
+        };
+        match why {
+            None => doomed.push(id),
+            Some(why) => kept.push(format!("{id}: {why}")),
+        }
+    }
+    let mut purged = trash::purge::purge(store, &doomed, &Unwatched)?;
+    purged.kept.extend(kept);
+    Ok(Purged { restored, ..purged })
+}
+
+/// The blobs in transactions of the trash.
+pub(super) fn blobs_in(store: &dyn Store, ids: &[String]) -> Result<Vec<Digest>> {
+    let mut blobs = Vec::new();
+    for id in ids {
+        let files = trash::read(store, id)?.files;
+        blobs.extend(files.iter().filter_map(|path| match layout::classify(path) {
+            layout::Kind::Blob(digest) => Some(digest),
+            _ => None,
+        }));
+    }
+    Ok(blobs)
+}
+
+/// The transactions that a run purges by itself: what has been in the trash for `keep`, and no registry may rely on.
+/// `look` is when the look began that found nothing of them in use.
+pub(super) fn over_age(
+    store: &dyn Store,
+    options: &Options,
+    now: SystemTime,
+    look: &Moment,
+) -> Result<Vec<String>> {
+    let old = Selection::Older(options.keep).of(store, now)?;
+    let (mut doomed, mut stay) = (Vec::new(), Vec::new());
+    for transaction in trash::contents(store)? {
+        let is_over = match &transaction.stage {
+            _ if !options.gate.is_beside() => old.contains(&transaction.id),
+            Some(_) => transaction.is_waiting(look, options.keep).is_none(),
+            None if !old.contains(&transaction.id) => false,
+            None => match guard::is_remembered(&transaction, &options.gate) {
+                None => true,
+                Some(why) => {
+                    stay.push(why);
+                    false
+                }
+            },
+        };
+        doomed.extend(is_over.then_some(transaction.id));
+    }
+    if let Some(why) = stay.first() {
+        let what = error::count(stay.len(), "transaction");
+        log::warn!("{what} of the trash older than keep, and what their undo needs, stay: {why}");
+    }
+    Ok(doomed)
+}
