@@ -23,12 +23,12 @@ use clap::{Parser, Subcommand};
 
 use crate::error::Result;
 use crate::printable::{self, Printable};
-use crate::registry_config::{self, StoreArgument};
+use crate::registry_config::{self, StoreArgument, Variables};
 use crate::store::disk::Disk;
 use crate::view::control::parse_duration;
 
 /// Looks up an environment variable.
-pub type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+pub type Environment<'a> = &'a Variables;
 
 /// Shows a Docker/OCI registry's storage as a file tree, deletes with rm, and collects garbage.
 ///

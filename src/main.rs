@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    regfs::cli::main(std::env::args_os(), &|name| std::env::var_os(name))
+    regfs::cli::main(std::env::args_os(), &std::env::vars_os().collect())
 }

@@ -85,7 +85,7 @@ impl Known {
 
     /// What is known of each of them.
     fn facts(&self, running: &[Process]) -> Vec<Facts> {
-        let of_config = |path: &PathBuf| match registry_config::resolve(path, &|name| std::env::var_os(name))
+        let of_config = |path: &PathBuf| match registry_config::resolve(path, &std::env::vars_os().collect())
         {
             Ok(config) if self.is_ours(&config) => Facts::of(&config),
             Ok(config) => {

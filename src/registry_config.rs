@@ -16,46 +16,42 @@
 //!    `rootdirectory`), this refuses: a garbage collector must not guess which directory is meant.
 //! 3. Variables of drivers other than `filesystem` are not looked at; beside a filesystem driver the
 //!    registry itself stops on them.
+//! 4. Empty means unset, as for the registry: `proxy: {remoteurl: ''}` is no pull-through cache.
+//! 5. A configuration is a regular file of at most 1 MiB, and is read from the descriptor that showed so.
 //!
 //! Source: distribution `configuration/{configuration,parser}.go`, tried on 2.8.2.
 
+mod facts;
+mod yaml;
+
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::printable::Printable;
+pub use facts::{Database, RedisConfig, RedisTls};
+use facts::{at, flag, text};
 
 /// Where the filesystem driver stores when its configuration doesn't say.
 pub const DEFAULT_ROOT_DIRECTORY: &str = "/var/lib/registry";
 
 /// Real configurations have a few KB.
-const CONFIG_LIMIT: u64 = 1 << 20;
+pub const CONFIG_LIMIT: u64 = 1 << 20;
 
 /// Keys of `storage` that configure something other than a driver (`tag` since 3.0).
 const NOT_DRIVERS: [&str; 5] = ["maintenance", "cache", "delete", "redirect", "tag"];
 
-/// Variables that we care for, in the order in which the registry applies them: by name, so the most
-/// specific one comes last and wins.
-const VARIABLES: [(&str, &[&str]); 10] = [
-    ("REGISTRY_STORAGE", &[]),
-    ("REGISTRY_STORAGE_CACHE", &["cache"]),
-    ("REGISTRY_STORAGE_CACHE_BLOBDESCRIPTOR", &["cache", "blobdescriptor"]),
-    ("REGISTRY_STORAGE_CACHE_LAYERINFO", &["cache", "layerinfo"]),
-    ("REGISTRY_STORAGE_DELETE", &["delete"]),
-    ("REGISTRY_STORAGE_DELETE_ENABLED", &["delete", "enabled"]),
-    ("REGISTRY_STORAGE_FILESYSTEM", &["filesystem"]),
-    ("REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY", &["filesystem", "rootdirectory"]),
-    ("REGISTRY_STORAGE_MAINTENANCE", &["maintenance"]),
-    ("REGISTRY_STORAGE_MAINTENANCE_READONLY", &["maintenance", "readonly"]),
-];
+/// The variables of an environment, in the order in which a registry applies them.
+pub type Variables = BTreeMap<OsString, OsString>;
 
 /// What the `<STORE>` argument says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StoreArgument {
     /// The directory that holds `docker/registry/v2`; as it was typed, or absolute when a file named it.
     /// Nothing has looked inside yet.
@@ -63,7 +59,7 @@ pub struct StoreArgument {
     /// The config.yml that named it; `None` if the argument is the directory, and then we know no more.
     pub from_config: Option<PathBuf>,
     /// The variables that changed what the file says.
-    pub overridden_by: Vec<&'static str>,
+    pub overridden_by: Vec<String>,
     /// Whether the registry answers `DELETE`.
     pub delete_enabled: Option<bool>,
     /// Whether the registry refuses all writes (`maintenance.readonly.enabled`).
@@ -72,104 +68,102 @@ pub struct StoreArgument {
     pub descriptor_cache: Option<String>,
     /// Whether it is a pull-through cache (`proxy.remoteurl`).
     pub proxy: Option<bool>,
-    /// Where it can be asked from this machine (`http.addr`, `http.tls`).
+    /// Where it can be asked from this machine (`http.addr`, `http.tls`, `http.prefix`; `http.host` where it names no
+    /// port to listen on); `unix:` and the path of the socket for `http.net: unix`.
     pub url: Option<String>,
+    /// Where clients are sent for a token (`auth.token.realm`).
+    pub token_realm: Option<String>,
+    /// The `redis` section, if it names an address.
+    pub redis: Option<RedisConfig>,
+    /// Whether GitLab's registry keeps tags and manifests in a database (`database.enabled`).
+    pub database: Option<Database>,
+    /// Whether it is the registry of a Harbor, which keeps tags and retention in a database of its own.
+    pub is_harbor: bool,
 }
 
-/// Finds out what `argument` means; `environment` looks up one variable.
+/// Finds out what `argument` means in an environment of `variables`.
 ///
 /// Fails with a message that names the path and the next step.
-pub fn resolve(argument: &Path, environment: &dyn Fn(&str) -> Option<OsString>) -> Result<StoreArgument> {
-    let kind = fs::metadata(argument).map_err(|source| match source.kind() {
+pub fn resolve(argument: &Path, variables: &Variables) -> Result<StoreArgument> {
+    let failed = |source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => Error::invalid(format_args!(
             "{} does not exist; give a registry's storage directory (it holds docker/registry/v2) \
              or its config.yml",
             argument.printable()
         )),
         _ => Error::io("look at", argument, source),
-    })?;
+    };
+    let kind = fs::metadata(argument).map_err(failed)?;
     if kind.is_dir() {
-        return Ok(StoreArgument {
-            storage_root: argument.to_path_buf(),
-            from_config: None,
-            overridden_by: Vec::new(),
-            delete_enabled: None,
-            read_only: None,
-            descriptor_cache: None,
-            proxy: None,
-            url: None,
-        });
+        return Ok(StoreArgument { storage_root: argument.to_path_buf(), ..StoreArgument::default() });
     }
-    let source = Source { path: argument, overridden_by: Vec::new() };
-    // Checked before the open, which would wait for the other end of a pipe.
+    // Not opened: that has effects on some devices. What is opened is looked at again.
     if !kind.is_file() {
-        return Err(source.refuse(
-            "is neither a directory nor a plain file",
-            "give a registry's storage directory or its config.yml",
-        ));
+        return Err(not_plain(argument));
     }
-    from_config(source, environment)
+    resolve_file(open_plain(argument).map_err(failed)?, argument, variables)
 }
 
-fn from_config(mut source: Source, environment: &dyn Fn(&str) -> Option<OsString>) -> Result<StoreArgument> {
-    let text = read(&source)?;
-    let config = parse(&source, &text)?;
-    let mut storage = normalize_storage(&source, config.storage)?;
-    for (name, keys) in VARIABLES {
-        if let Some(value) = environment(name) {
-            let value = parse_variable(&source, name, value)?;
-            source.overridden_by.push(name);
-            match keys {
-                [] => storage = normalize_storage(&source, value)?,
-                keys => set(&mut storage, keys, value),
-            }
-        }
+/// The same for a configuration that is open already; `name` is for messages only.
+pub fn resolve_file(file: File, name: &Path, variables: &Variables) -> Result<StoreArgument> {
+    let source = Source { path: name, overridden_by: Vec::new() };
+    from_config(source, file, variables)
+}
+
+/// Opens what should be a regular file without waiting for anybody: a pipe has another end that may never come.
+pub fn open_plain(path: &Path) -> io::Result<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY;
+    fs::OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path)
+}
+
+/// The content of a regular file of at most `limit` bytes; `None` where it is larger.
+pub fn read_plain(file: File, limit: u64) -> io::Result<Option<Vec<u8>>> {
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
     }
+    let mut content = Vec::new();
+    file.take(limit + 1).read_to_end(&mut content)?;
+    Ok((content.len() as u64 <= limit).then_some(content))
+}
+
+fn not_plain(path: &Path) -> Error {
+    Error::invalid(format_args!(
+        "{} is neither a directory nor a plain file; give a registry's storage directory or its config.yml",
+        path.printable()
+    ))
+}
+
+fn from_config(mut source: Source, file: File, variables: &Variables) -> Result<StoreArgument> {
+    let mut config = yaml::parse(&source, &read(&source, file)?)?;
+    let storage = config.remove("storage").unwrap_or_default();
+    config.insert("storage".to_string(), Value::Object(normalize_storage(&source, storage)?));
+    yaml::overlay(&mut source, &mut config, variables)?;
+    let storage = normalize_storage(&source, config.remove("storage").unwrap_or_default())?;
     let storage_root = root_directory(&source, &storage)?;
-    let fact = |section: &str, key: &str| storage.get(section).and_then(|s| s.get(key));
+    let storage = Value::Object(storage);
+    let config = Value::Object(config);
+    let cache = at(&storage, &["cache", "blobdescriptor"]).or_else(|| at(&storage, &["cache", "layerinfo"]));
     Ok(StoreArgument {
         storage_root,
         from_config: Some(source.path.to_path_buf()),
         // The registry takes a value that is no boolean for false.
-        delete_enabled: Some(fact("delete", "enabled") == Some(&Value::Bool(true))),
-        read_only: Some(
-            fact("maintenance", "readonly").and_then(|r| r.get("enabled")) == Some(&Value::Bool(true)),
-        ),
-        descriptor_cache: fact("cache", "blobdescriptor")
-            .or_else(|| fact("cache", "layerinfo"))
-            .and_then(Value::as_str)
-            .filter(|kind| !kind.is_empty())
-            .map(str::to_string),
-        proxy: Some(
-            config.proxy.get("remoteurl").is_some()
-                || ["REGISTRY_PROXY", "REGISTRY_PROXY_REMOTEURL"]
-                    .into_iter()
-                    .any(|n| environment(n).is_some()),
-        ),
-        url: url(&config.http, environment),
+        delete_enabled: Some(flag(&storage, &["delete", "enabled"])),
+        read_only: Some(flag(&storage, &["maintenance", "readonly", "enabled"])),
+        descriptor_cache: cache.and_then(Value::as_str).filter(|kind| !kind.is_empty()).map(str::to_string),
+        proxy: Some(text(&config, &["proxy", "remoteurl"]).is_some()),
+        url: facts::url(&config),
+        token_realm: text(&config, &["auth", "token", "realm"]),
+        redis: facts::redis(&config),
+        database: facts::database(&config),
+        is_harbor: facts::is_harbor(&config),
         overridden_by: source.overridden_by,
     })
-}
-
-/// Where a registry answers that listens on this machine; a host that is left out, or means all of them, is this one.
-fn url(http: &Value, environment: &dyn Fn(&str) -> Option<OsString>) -> Option<String> {
-    let variable = environment("REGISTRY_HTTP_ADDR").and_then(|value| value.into_string().ok());
-    let address = variable.or_else(|| http.get("addr").and_then(Value::as_str).map(str::to_string))?;
-    let (host, port) = address.rsplit_once(':')?;
-    let port: u16 = port.parse().ok()?;
-    let host = match host {
-        "" | "0.0.0.0" | "[::]" => "127.0.0.1",
-        host => host,
-    };
-    let has_tls = http.get("tls").is_some_and(|tls| tls.as_object().is_some_and(|tls| !tls.is_empty()))
-        || environment("REGISTRY_HTTP_TLS_CERTIFICATE").is_some();
-    Some(format!("{}://{host}:{port}", if has_tls { "https" } else { "http" }))
 }
 
 /// Where the values come from, for messages.
 struct Source<'a> {
     path: &'a Path,
-    overridden_by: Vec<&'static str>,
+    overridden_by: Vec<String>,
 }
 
 impl Source<'_> {
@@ -183,59 +177,24 @@ impl Source<'_> {
     }
 }
 
-fn read(source: &Source) -> Result<String> {
-    let mut content = Vec::new();
-    File::open(source.path)
-        .and_then(|file| file.take(CONFIG_LIMIT + 1).read_to_end(&mut content))
-        .map_err(|why| Error::io("read the registry's configuration", source.path, why))?;
-    if content.len() as u64 > CONFIG_LIMIT {
-        return Err(source.refuse(
-            "is larger than 1 MiB, so it is no registry's config.yml",
-            "give a registry's storage directory or its config.yml",
-        ));
-    }
+fn read(source: &Source, file: File) -> Result<String> {
+    let content = match read_plain(file, CONFIG_LIMIT) {
+        Ok(Some(content)) => content,
+        Ok(None) => {
+            return Err(source.refuse(
+                "is larger than 1 MiB, so it is no registry's config.yml",
+                "give a registry's storage directory or its config.yml",
+            ));
+        }
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput => return Err(not_plain(source.path)),
+        Err(e) => return Err(Error::io("read the registry's configuration", source.path, e)),
+    };
     let text = String::from_utf8(content)
         .map_err(|_| source.refuse("is not text", "give a registry's storage directory or its config.yml"))?;
     match text.trim() {
         "" => Err(source.refuse("is empty", "give a registry's storage directory or its config.yml")),
         _ => Ok(text),
     }
-}
-
-/// The part of a configuration that matters here; the rest is skipped unread.
-#[derive(Deserialize)]
-struct Config {
-    #[serde(default)]
-    storage: Value,
-    #[serde(default)]
-    http: Value,
-    #[serde(default)]
-    proxy: Value,
-}
-
-fn parse(source: &Source, text: &str) -> Result<Config> {
-    // An untyped first look, only when the typed one fails, tells bad YAML from YAML of another shape.
-    parse_yaml(text).map_err(|why| match parse_yaml::<serde::de::IgnoredAny>(text) {
-        Err(why) => source.refuse(&format!("is not valid YAML: {why}"), "correct it there"),
-        Ok(_) => source.refuse(
-            &format!("is no registry configuration: {why}"),
-            "give a registry's storage directory or its config.yml",
-        ),
-    })
-}
-
-/// YAML 1.1, which is what registries read: `yes` is true, the last of two equal keys wins, `0100` is 64.
-fn parse_yaml<'de, T: Deserialize<'de>>(text: &'de str) -> std::result::Result<T, String> {
-    let options = serde_saphyr::options! {
-        duplicate_keys: serde_saphyr::DuplicateKeyPolicy::LastWins,
-        legacy_octal_numbers: true,
-        with_snippet: false,
-    };
-    serde_saphyr::from_str_with_options(text, options).map_err(|why| match why {
-        // The registry reads the first and skips the rest, which is hardly what was meant.
-        serde_saphyr::Error::MultipleDocuments { .. } => "more than one document".to_string(),
-        why => why.to_string().split_whitespace().collect::<Vec<_>>().join(" "),
-    })
 }
 
 /// `storage: filesystem` is short for `storage: {filesystem: {}}`; absent and null are an empty mapping.
@@ -248,37 +207,6 @@ fn normalize_storage(source: &Source, storage: Value) -> Result<Map<String, Valu
             "has a storage section that is neither a mapping nor a driver's name",
             "write it as storage: {filesystem: {rootdirectory: /path}}",
         )),
-    }
-}
-
-fn parse_variable(source: &Source, name: &'static str, value: OsString) -> Result<Value> {
-    let text = value.to_str().filter(|text| text.len() as u64 <= CONFIG_LIMIT);
-    match text.map(str::trim) {
-        Some("") => Ok(Value::Null),
-        Some(text) => parse_yaml(text),
-        None => Err("not text, or more than 1 MiB of it".to_string()),
-    }
-    .map_err(|why| {
-        Error::invalid(format_args!(
-            "the variable {name} that overrides {} is not valid YAML: {why}; correct or unset it",
-            source.path.printable()
-        ))
-    })
-}
-
-/// Puts `value` below `keys`, making mappings on the way; does nothing below a scalar, like the registry.
-fn set(mapping: &mut Map<String, Value>, keys: &[&str], value: Value) {
-    let [first, rest @ ..] = keys else { return };
-    if rest.is_empty() {
-        mapping.insert(first.to_string(), value);
-        return;
-    }
-    let slot = mapping.entry(*first).or_insert(Value::Null);
-    if slot.is_null() {
-        *slot = Value::Object(Map::new());
-    }
-    if let Value::Object(inner) = slot {
-        set(inner, rest, value);
     }
 }
 
@@ -346,15 +274,15 @@ fn root_directory(source: &Source, storage: &Map<String, Value>) -> Result<PathB
 mod tests {
     use super::*;
 
-    type Variables<'a> = &'a [(&'a str, &'a str)];
+    type Pairs<'a> = &'a [(&'a str, &'a str)];
 
     /// Resolves a file with `text`, in an environment of `variables`.
-    fn resolved(text: &str, variables: Variables) -> Result<StoreArgument> {
+    fn resolved(text: &str, variables: Pairs) -> Result<StoreArgument> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("config.yml");
         fs::write(&path, text).unwrap();
         let result =
-            resolve(&path, &|name| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| v.into()));
+            resolve(&path, &variables.iter().map(|(name, value)| (name.into(), value.into())).collect());
         if let Ok(argument) = &result {
             assert_eq!(argument.from_config.as_deref(), Some(path.as_path()));
         }
@@ -367,7 +295,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn assert_refused(text: &str, variables: Variables, expected: &str) {
+    fn assert_refused(text: &str, variables: Pairs, expected: &str) {
         let error = resolved(text, variables).expect_err(text);
         assert!(matches!(error, Error::Invalid { .. }), "{error:?}");
         assert!(error.to_string().contains(expected), "{text:?} gave: {error}");
@@ -379,9 +307,10 @@ mod tests {
     #[test]
     fn a_directory_is_the_storage_root_whatever_the_environment_says() {
         let directory = tempfile::tempdir().unwrap();
-        let argument = resolve(directory.path(), &|_| Some("/elsewhere".into())).unwrap();
+        let argument =
+            resolve(directory.path(), &Variables::from([(ROOT.into(), "/elsewhere".into())])).unwrap();
         assert_eq!(argument.storage_root, directory.path());
-        assert_eq!((argument.from_config, argument.overridden_by), (None, vec![]));
+        assert_eq!((argument.from_config, argument.overridden_by.len()), (None, 0));
         assert_eq!((argument.delete_enabled, argument.read_only), (None, None));
     }
 
@@ -432,7 +361,7 @@ http:
 
     #[test]
     fn facts_are_read_as_the_registry_reads_them() {
-        let facts = |text: &str, variables: Variables| {
+        let facts = |text: &str, variables: Pairs| {
             let argument = resolved(&format!("storage: {{filesystem: , {text}}}"), variables).unwrap();
             (argument.delete_enabled, argument.read_only, argument.descriptor_cache)
         };
@@ -451,7 +380,7 @@ http:
 
     #[test]
     fn the_most_specific_variable_wins() {
-        let cases: [(&str, Variables, &str); 9] = [
+        let cases: [(&str, Pairs, &str); 9] = [
             (FILE, &[(ROOT, "/env")], "/env"),
             (FILE, &[(ROOT, "'/env'  # comment")], "/env"),
             (FILE, &[("REGISTRY_STORAGE", "filesystem")], DEFAULT_ROOT_DIRECTORY),
@@ -467,6 +396,170 @@ http:
             assert_eq!(argument.storage_root, Path::new(expected), "{text} {variables:?}");
             assert_eq!(argument.overridden_by.len(), variables.len());
         }
+    }
+
+    /// With the filesystem driver and these sections.
+    fn sections(text: &str, variables: Pairs) -> StoreArgument {
+        resolved(&format!("storage: filesystem\n{text}"), variables).unwrap()
+    }
+
+    #[test]
+    fn empty_means_unset() {
+        let is_proxy = |text: &str, variables: Pairs| sections(text, variables).proxy.unwrap();
+        let remote = "proxy: {remoteurl: 'https://registry-1.docker.io'}";
+        assert!(is_proxy(remote, &[]));
+        for nothing in [
+            "",
+            "proxy:",
+            "proxy: {}",
+            "proxy: {remoteurl: }",
+            "proxy: {remoteurl: ''}",
+            "proxy: {username: x}",
+        ] {
+            assert!(!is_proxy(nothing, &[]), "{nothing}");
+            assert!(is_proxy(nothing, &[("REGISTRY_PROXY_REMOTEURL", "https://hub")]), "{nothing}");
+            assert!(is_proxy(nothing, &[("REGISTRY_PROXY", "{remoteurl: https://hub}")]), "{nothing}");
+        }
+        for variable in
+            [("REGISTRY_PROXY_REMOTEURL", ""), ("REGISTRY_PROXY_REMOTEURL", "''"), ("REGISTRY_PROXY", "{}")]
+        {
+            assert!(!is_proxy(remote, &[variable]), "{variable:?}");
+        }
+        let caches = [("cache: {blobdescriptor: '', layerinfo: inmemory}"), ("cache:"), ("cache: {}")];
+        for cache in caches {
+            let argument = resolved(&format!("storage: {{filesystem: , {cache}}}"), &[]).unwrap();
+            assert_eq!(argument.descriptor_cache, None, "{cache}");
+        }
+        let unset = [("REGISTRY_STORAGE_CACHE_BLOBDESCRIPTOR", "")];
+        let argument =
+            resolved("storage: {filesystem: , cache: {blobdescriptor: inmemory}}", &unset).unwrap();
+        assert_eq!(argument.descriptor_cache, None);
+    }
+
+    #[test]
+    fn it_is_told_where_a_registry_answers() {
+        let local = |rest: &str| Some(format!("http://{rest}"));
+        let tls = |rest: &str| Some(format!("https://{rest}"));
+        let cases: [(&str, Pairs, Option<String>); 27] = [
+            ("http: {addr: ':5000'}", &[], local("127.0.0.1:5000")),
+            ("http: {addr: :5000}", &[], local("127.0.0.1:5000")),
+            ("http: {addr: '0.0.0.0:5000'}", &[], local("127.0.0.1:5000")),
+            ("http: {addr: '[::]:5000'}", &[], local("127.0.0.1:5000")),
+            ("http: {addr: '[::1]:5000'}", &[], local("[::1]:5000")),
+            ("http: {addr: 'localhost:5000'}", &[], local("localhost:5000")),
+            ("http: {addr: 'hub.example:5000'}", &[], local("hub.example:5000")),
+            ("http: {addr: '10.1.2.3:80'}", &[], local("10.1.2.3:80")),
+            ("http: {addr: ':0'}", &[], None),
+            ("http: {addr: '5000'}", &[], None),
+            ("http: {addr: ''}", &[], None),
+            ("http:", &[], None),
+            ("http: {host: 'https://hub.example/reg/'}", &[], tls("hub.example/reg")),
+            ("http: {addr: :5000, host: 'https://hub.example'}", &[], local("127.0.0.1:5000")),
+            ("http: {addr: :5000, prefix: /reg/}", &[], local("127.0.0.1:5000/reg")),
+            ("http: {addr: :5000, prefix: /a/b}", &[], local("127.0.0.1:5000/a/b")),
+            ("http: {addr: :5000, prefix: /}", &[], local("127.0.0.1:5000")),
+            ("http: {addr: :5000}", &[("REGISTRY_HTTP_PREFIX", "/reg/")], local("127.0.0.1:5000/reg")),
+            ("http: {addr: :5000, tls: {certificate: /c, key: /k}}", &[], tls("127.0.0.1:5000")),
+            ("http: {addr: :5000, tls: {certificate: '', key: ''}}", &[], local("127.0.0.1:5000")),
+            (
+                "http: {addr: :5000, tls: {certificate: /c}}",
+                &[("REGISTRY_HTTP_TLS_CERTIFICATE", "")],
+                local("127.0.0.1:5000"),
+            ),
+            ("http: {addr: :5000, tls: {letsencrypt: {cachefile: /c}}}", &[], tls("127.0.0.1:5000")),
+            (
+                "http: {addr: :5000, tls: {letsencrypt: {cachefile: '', hosts: [a]}}}",
+                &[],
+                local("127.0.0.1:5000"),
+            ),
+            (
+                "http: {addr: :5000}",
+                &[("REGISTRY_HTTP_TLS", "{certificate: /c, key: /k}")],
+                tls("127.0.0.1:5000"),
+            ),
+            (
+                "http: {addr: :5000}",
+                &[("REGISTRY_HTTP", "{addr: ':6000'}"), ("REGISTRY_HTTP_ADDR", ":7000")],
+                local("127.0.0.1:7000"),
+            ),
+            ("http: {addr: /run/registry.sock, net: unix}", &[], Some("unix:/run/registry.sock".into())),
+            (
+                "http: {addr: :5000}",
+                &[("REGISTRY_HTTP_NET", "unix"), ("REGISTRY_HTTP_ADDR", "/r.sock")],
+                Some("unix:/r.sock".into()),
+            ),
+        ];
+        for (text, variables, expected) in cases {
+            assert_eq!(sections(text, variables).url, expected, "{text} {variables:?}");
+        }
+    }
+
+    #[test]
+    fn a_redis_is_found_in_each_form_and_its_password_stays_a_secret() {
+        let redis = |text: &str, variables: Pairs| sections(text, variables).redis;
+        for nothing in ["", "redis:", "redis: {addr: ''}", "redis: {addrs: []}", "redis: {password: x}"] {
+            assert_eq!(redis(nothing, &[]), None, "{nothing}");
+        }
+        let old = redis("redis: {addr: 'redis:6379', password: 1234, db: 2}", &[]).unwrap();
+        assert_eq!((old.addresses.join(" "), old.database), ("redis:6379".into(), Some(2)));
+        assert_eq!((old.password.as_deref(), &old.tls), (Some("1234"), &None));
+        assert!(!format!("{old:?}").contains("1234"), "{old:?}");
+        let tls = redis("redis: {addr: r:1, tls: {enabled: true}}", &[]).unwrap().tls;
+        assert_eq!(tls, Some(RedisTls::default()));
+        let new =
+            redis("redis: {addrs: ['a:1', 'b:2'], username: u, tls: {rootcas: [/ca.pem]}}", &[]).unwrap();
+        assert_eq!((new.addresses.len(), new.username.as_deref()), (2, Some("u")));
+        assert_eq!(new.tls.unwrap().root_cas, ["/ca.pem"]);
+        let variables =
+            [("REGISTRY_REDIS_ADDR", "r:1"), ("REGISTRY_REDIS_DB", "3"), ("REGISTRY_REDIS_PASSWORD", "007")];
+        let given = redis("redis: {addr: 'other:1', password: old}", &variables).unwrap();
+        assert_eq!(
+            (given.addresses.join(" "), given.database, given.password.unwrap()),
+            ("r:1".into(), Some(3), "007".into())
+        );
+        assert_eq!(redis("", &[("REGISTRY_REDIS_ADDRS_0", "a:1")]).unwrap().addresses, ["a:1"]);
+        assert_eq!(redis("", &[("REGISTRY_REDIS_ADDRS", "[a:1, b:2]")]).unwrap().addresses, ["a:1", "b:2"]);
+        assert_eq!(redis("redis: {addr: r:1}", &[("REGISTRY_REDIS", "")]), None);
+    }
+
+    #[test]
+    fn whose_storage_it_is_is_told() {
+        let database = |text: &str, variables: Pairs| sections(text, variables).database;
+        for off in [
+            "",
+            "database:",
+            "database: {enabled: false}",
+            "database: {host: db}",
+            "database: {enabled: 'false'}",
+        ] {
+            assert_eq!(database(off, &[]), None, "{off}");
+            assert_eq!(
+                database(off, &[("REGISTRY_DATABASE_ENABLED", "true")]),
+                Some(Database::Enabled),
+                "{off}"
+            );
+        }
+        assert_eq!(database("database: {enabled: true}", &[]), Some(Database::Enabled));
+        assert_eq!(database("database: {enabled: 'true'}", &[]), Some(Database::Enabled));
+        assert_eq!(database("database: {enabled: prefer}", &[]), Some(Database::Prefer));
+        assert_eq!(database("database: {enabled: true}", &[("REGISTRY_DATABASE_ENABLED", "")]), None);
+        for harbor in [
+            "auth: {htpasswd: {realm: harbor-registry-basic-realm, path: /etc/registry/passwd}}",
+            "auth: {token: {issuer: harbor-token-issuer, realm: 'https://hub/service/token'}}",
+            "notifications: {endpoints: [{name: other, url: 'http://x'}, {name: harbor, url: 'http://core'}]}",
+            "notifications: {endpoints: [{name: x, url: 'http://core:8080/service/notifications'}]}",
+        ] {
+            assert!(sections(harbor, &[]).is_harbor, "{harbor}");
+        }
+        assert!(sections("", &[("REGISTRY_AUTH_HTPASSWD_REALM", "harbor-registry-basic-realm")]).is_harbor);
+        assert!(sections("", &[("REGISTRY_NOTIFICATIONS_ENDPOINTS_0_NAME", "harbor")]).is_harbor);
+        assert!(
+            !sections(
+                "auth: {htpasswd: {realm: x}}\nnotifications: {endpoints: [{name: portus, url: 'http://p'}]}",
+                &[]
+            )
+            .is_harbor
+        );
     }
 
     #[test]
@@ -516,7 +609,7 @@ http:
     #[test]
     fn bytes_missing_files_and_sockets_are_refused() {
         let directory = tempfile::tempdir().unwrap();
-        let nothing = |_: &str| None;
+        let nothing = Variables::new();
         let missing = directory.path().join("missing");
         let error = resolve(&missing, &nothing).unwrap_err().to_string();
         assert!(error.contains("missing does not exist; give"), "{error}");
@@ -528,5 +621,11 @@ http:
         let socket = directory.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         assert!(resolve(&socket, &nothing).unwrap_err().to_string().contains("neither a directory nor"));
+        // What became a pipe between the look and the open.
+        let pipe = directory.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0)
+            .unwrap();
+        let error = resolve_file(open_plain(&pipe).unwrap(), &pipe, &nothing).unwrap_err().to_string();
+        assert!(error.contains("neither a directory nor"), "{error}");
     }
 }

@@ -1,5 +1,6 @@
 //! What the command line says of the registries that serve a store.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -50,12 +51,12 @@ impl RegistryArgs {
     }
 
     fn credentials(&self, environment: Environment<'_>) -> Result<Credentials> {
-        let (text, place) = match (&self.registry_auth, environment(AUTH)) {
+        let (text, place) = match (&self.registry_auth, environment.get(OsStr::new(AUTH))) {
             (Some(path), _) => {
                 let text = std::fs::read(path).map_err(|e| Error::io("read the credentials in", path, e))?;
                 (text, path.printable().to_string())
             }
-            (None, Some(value)) => (value.into_encoded_bytes(), format!("the variable {AUTH}")),
+            (None, Some(value)) => (value.clone().into_encoded_bytes(), format!("the variable {AUTH}")),
             (None, None) => return Ok(Credentials::None),
         };
         let text = String::from_utf8(text).ok().filter(|text| text.len() <= AUTH_LIMIT).unwrap_or_default();

@@ -1,11 +1,9 @@
 //! Registry processes of this machine that serve a storage, containers included, as far as this user may look.
 
-use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
-use std::io;
-use std::os::fd::AsRawFd;
+use std::io::{self, Seek};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -17,7 +15,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::error::{Error, Result};
 use crate::layout::REGISTRY_DIR;
 use crate::printable::Printable;
-use crate::registry_config::{self, StoreArgument};
+use crate::registry_config::{self, StoreArgument, Variables};
 
 /// What matters of a registry.
 pub(super) struct Facts {
@@ -159,23 +157,24 @@ enum Serves {
 /// What the registry below `place` serves, with the configuration that its command line names; an error counts as one
 /// that may serve the storage.
 fn serves(place: &Path, named: Option<&OsString>, own: &Own) -> io::Result<Serves> {
-    let environment: HashMap<OsString, OsString> =
+    let environment: Variables =
         split(&fs::read(place.join("environ"))?).into_iter().filter_map(|pair| variable(&pair)).collect();
     let variable = |name: &str| environment.get(OsStr::new(name)).cloned();
     let Some(path) = named.cloned().or_else(|| variable("REGISTRY_CONFIGURATION_PATH")) else {
         return Ok(Serves::MayBe("it names no config.yml".to_string()));
     };
     let (directory, inside) = base(place, Path::new(&path))?;
-    let file = open_in(&directory, &inside)?;
+    let mut file = open_in(&directory, &inside)?;
     if !is_as_at_start(place, &directory, &inside, &file)? {
         let file = Path::new(&path).printable();
         return Ok(Serves::MayBe(format!(
             "{file} was changed after it began, so what it does is unknown; start it again"
         )));
     }
-    let opened = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    let Ok(config) = registry_config::resolve(&opened, &variable) else {
-        let text = fs::read_to_string(&opened)?;
+    let Ok(config) = registry_config::resolve_file(file.try_clone()?, Path::new(&path), &environment) else {
+        file.rewind()?;
+        let text = registry_config::read_plain(file, registry_config::CONFIG_LIMIT)?;
+        let text = String::from_utf8_lossy(text.as_deref().unwrap_or(b"filesystem")).into_owned();
         // A driver that is named and is no filesystem stores elsewhere.
         let is_on_disk = text.contains("filesystem") || environment.keys().any(|name| is_of_storage(name));
         let why = || format!("{} can't be understood", Path::new(&path).printable());

@@ -115,7 +115,7 @@ pub(crate) fn pushed_at(registry: &Registry, image: &Image, moment: usize) -> Mo
     let tag = format!("image-{moment}");
     registry.push("app", Some("old"), image);
     registry.api("DELETE", &format!("app/manifests/{}", image.digest()), &[], &[]).is(202);
-    let config = registry_config::resolve(&registry.config(), &|_| None).unwrap();
+    let config = registry_config::resolve(&registry.config(), &Default::default()).unwrap();
     let known = Known::new(&config, &[], Credentials::None);
     let names = image.digests().iter().map(|digest| hex(digest).to_string()).collect();
     let disk = Disk::open(&config.storage_root).unwrap();
