@@ -52,10 +52,10 @@ impl Known {
     /// It was said that no registry runs, and one does.
     pub fn gate(&self, said: Said) -> Result<Gate> {
         if said == Said::StoppedForSure {
-            return Ok(Gate::Stopped);
+            return Ok(Gate::STOPPED);
         }
         Ok(match judge(&self.look()?, said)? {
-            Verdict::Stopped => Gate::Stopped,
+            Verdict::Stopped => Gate::STOPPED,
             Verdict::Off => Gate::Off,
             Verdict::Stop(why) => Gate::Stop { why },
             Verdict::Ask(urls) => match self.client(&urls) {

@@ -42,7 +42,7 @@ fn author() -> Author {
 }
 
 fn options(untagged: bool, now: bool) -> Options {
-    Options { untagged, now, grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() }
+    Options { untagged, now, grace: Duration::ZERO, gate: Gate::STOPPED, ..Options::default() }
 }
 
 fn sweep(store: &dyn Store, options: &Options) -> Result<(), String> {
@@ -61,7 +61,7 @@ fn undo(store: &dyn Store, id: &str) -> Result<(), String> {
 }
 
 fn purge(store: &dyn Store, selection: &Selection) -> Result<(), String> {
-    let purged = gc::purge_trash(store, &Tables::default(), &author(), selection, &Gate::Stopped);
+    let purged = gc::purge_trash(store, &Tables::default(), &author(), selection, &Gate::STOPPED);
     match purged.map_err(|e| e.to_string())?.failures.as_slice() {
         [] => Ok(()),
         failures => Err(format!("{failures:?}")),

@@ -480,7 +480,7 @@ fn an_untagged_manifest_that_is_pushed_again_while_a_sweep_takes_stays_whole() {
     let disk = regfs::store::disk::Disk::open(store.root()).unwrap();
     let catalog = regfs::catalog::scan::scan(&disk, &Default::default(), None);
     let options =
-        Options { untagged: true, grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() };
+        Options { untagged: true, grace: Duration::ZERO, gate: Gate::STOPPED, ..Options::default() };
     let policy = plan::Policy::new(&options, std::time::SystemTime::now());
     let plan = plan::Plan::new(&disk, &catalog, &policy).unwrap();
     std::thread::sleep(Duration::from_millis(50));

@@ -262,7 +262,7 @@ impl Act {
                     untagged: true,
                     grace: Duration::ZERO,
                     now,
-                    gate: Gate::Stopped,
+                    gate: Gate::STOPPED,
                     ..Options::default()
                 };
                 let report = gc::run(&*store, &Tables::default(), &options, &author, &Unwatched);
@@ -292,7 +292,7 @@ impl Act {
             }
             Act::Purge => {
                 let purged =
-                    gc::purge_trash(&*store, &Tables::default(), &author, &Selection::All, &Gate::Stopped);
+                    gc::purge_trash(&*store, &Tables::default(), &author, &Selection::All, &Gate::STOPPED);
                 let purged = purged.unwrap_or_else(|e| panic!("{when}: the purge: {e}"));
                 assert!(purged.failures.is_empty(), "{when}: the purge: {:?}", purged.failures);
             }

@@ -898,7 +898,7 @@ impl World {
             now,
             grace: self.grace(grace),
             uploads: NEVER,
-            gate: Gate::Stopped,
+            gate: Gate::STOPPED,
             ..Options::default()
         };
         let report = gc::run(&*self.store, &Tables::default(), &options, &author(), &Unwatched);
@@ -947,7 +947,7 @@ impl World {
         self.model.give_back();
         let is_gone = id.is_some_and(|id| !self.model.trash.contains_key(id));
         let selection = id.map_or(Selection::All, |id| Selection::One(id.to_string()));
-        match gc::purge_trash(&*self.store, &Tables::default(), &author(), &selection, &Gate::Stopped) {
+        match gc::purge_trash(&*self.store, &Tables::default(), &author(), &selection, &Gate::STOPPED) {
             Ok(purged) => ensure(purged.failures.is_empty(), || format!("{:?}", purged.failures))?,
             // All that was in it has been given back.
             Err(Error::NotFound { .. }) if is_gone => return Ok(true),
@@ -978,7 +978,7 @@ impl World {
             dry_run: true,
             thorough: true,
             uploads: NEVER,
-            gate: Gate::Stopped,
+            gate: Gate::STOPPED,
             ..Options::default()
         };
         let options = Options { untagged, grace: Duration::ZERO, ..looks };

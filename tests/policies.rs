@@ -53,7 +53,7 @@ fn image(name: &str) -> Image {
 
 /// Runs the words that people write to `control/gc`.
 fn run(store: &dyn Store, words: &str) -> Report {
-    let defaults = Options { gate: Gate::Stopped, ..Options::default() };
+    let defaults = Options { gate: Gate::STOPPED, ..Options::default() };
     let Ok(GcCommand::Run(options, Said::Nothing, false)) = parse_gc(words, &defaults) else {
         panic!("{words} is no run")
     };
@@ -283,7 +283,7 @@ fn repairs_are_shown_when_looked_for_and_made_when_asked() {
     let undone = gc::undo(&*store, &author(), &id).unwrap();
     assert_eq!(undone.present.into_iter().collect::<BTreeSet<_>>(), taken);
     assert!(store.snapshot() == after);
-    gc::purge_trash(&*store, &Tables::default(), &author(), &Selection::All, &Gate::Stopped).unwrap();
+    gc::purge_trash(&*store, &Tables::default(), &author(), &Selection::All, &Gate::STOPPED).unwrap();
     assert_eq!(Live::of(&store.snapshot()).lacks, BTreeSet::new());
 }
 
@@ -307,8 +307,8 @@ fn a_sweep_looks_into_every_directory_where_they_are_few() {
     let all = catalog.blobs.len() + 2 + 1 + 1;
     assert!(found(all, Options::default()));
     assert!(!found(all - 1, Options::default()));
-    assert!(found(0, Options { thorough: true, gate: Gate::Stopped, ..Options::default() }));
-    assert!(!found(all, Options { dry_run: true, gate: Gate::Stopped, ..Options::default() }));
+    assert!(found(0, Options { thorough: true, gate: Gate::STOPPED, ..Options::default() }));
+    assert!(!found(all, Options { dry_run: true, gate: Gate::STOPPED, ..Options::default() }));
 }
 
 #[test]
@@ -335,7 +335,7 @@ fn what_could_be_in_the_middle_of_a_push_is_not_repaired() {
 
 #[test]
 fn a_failing_repair_never_leaves_a_manifest_without_its_link() {
-    let options = Options { repair: true, grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() };
+    let options = Options { repair: true, grace: Duration::ZERO, gate: Gate::STOPPED, ..Options::default() };
     let act = |store: &dyn Store| gc::run(store, &Tables::default(), &options, &author(), &Unwatched);
     let (store, image) = broken();
     let had = everything(&store.snapshot());
@@ -367,7 +367,7 @@ fn damage_keeps_everything_unless_told_to_keep_nothing() {
     put(&store, blob_path(&damaged.digest()), b"not what it was");
     assert_eq!(taken(&*store, "untagged grace=0").len(), 0);
     let options =
-        Options { ignore_damaged: true, grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() };
+        Options { ignore_damaged: true, grace: Duration::ZERO, gate: Gate::STOPPED, ..Options::default() };
     run_with(&*store, &options);
     let after = store.snapshot();
     for blob in &damaged.blobs {

@@ -81,7 +81,7 @@ fn naming(digest: &str) -> String {
 }
 
 fn sweep(store: &dyn Store, untagged: bool) {
-    let options = Options { untagged, grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() };
+    let options = Options { untagged, grace: Duration::ZERO, gate: Gate::STOPPED, ..Options::default() };
     let report = gc::run(store, &Tables::default(), &options, &author(), &Unwatched).unwrap();
     assert!(report.is_complete(), "{:?}", report.failures);
 }

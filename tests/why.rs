@@ -217,7 +217,7 @@ fn garbage_has_an_age_links_and_a_place_in_the_trash() {
     }
 
     let author = Author { uid: 0, pid: 1, command: "test".to_string() };
-    let options = Options { gate: Gate::Stopped, ..Options::default() };
+    let options = Options { gate: Gate::STOPPED, ..Options::default() };
     let report = gc::run(&*store, &Tables::default(), &options, &author, &Unwatched).unwrap();
     let why = ask(&*store, &old).unwrap();
     let id = report.transaction.unwrap();

@@ -222,7 +222,7 @@ impl Round<'_> {
         match &self.options.gate {
             Gate::Off => Ok(true),
             Gate::Probe(_) => Ok(!self.may_be_manifest(id, bytes)?),
-            Gate::Stop { .. } | Gate::Stopped => Ok(false),
+            Gate::Stop { .. } | Gate::Stopped(_) => Ok(false),
         }
     }
 
@@ -262,7 +262,7 @@ impl Round<'_> {
                 !repository.is_some_and(|repository| repository.layers.iter().any(has_blob))
             }
             (Gate::Probe(_), _) => true,
-            (Gate::Stop { .. } | Gate::Stopped, _) => false,
+            (Gate::Stop { .. } | Gate::Stopped(_), _) => false,
         }
     }
 
@@ -487,7 +487,7 @@ fn is_to_be_forgotten(transaction: &Contents, path: &Path) -> bool {
 pub(super) fn is_remembered(transaction: &Contents, gate: &Gate) -> Option<String> {
     let holds_links = transaction.files.iter().any(|path| is_to_be_forgotten(transaction, path));
     match gate {
-        Gate::Stopped | Gate::Off => None,
+        Gate::Stopped(_) | Gate::Off => None,
         _ if transaction.stage.is_some() || !holds_links => None,
         Gate::Probe(_) => Some(
             "a registry may remember what was removed; sweeps have it forgotten first, so sweep, and purge when the drain is over"

@@ -30,7 +30,7 @@ pub fn purge_trash(
     for id in selection.of(store, SystemTime::now())? {
         let transaction = trash::read(store, &id)?;
         let why = match gate {
-            Gate::Stopped => None,
+            Gate::Stopped(_) => None,
             _ => transaction
                 .is_waiting(&look, Duration::ZERO)
                 .or_else(|| guard::is_remembered(&transaction, gate)),
@@ -40,7 +40,10 @@ pub fn purge_trash(
             Some(why) => kept.push(format!("{id}: {why}")),
         }
     }
+    gate.look_again()?;
     let mut purged = trash::purge::purge(store, &doomed, &Unwatched)?;
+    // What was removed is gone, so this belongs into the report of that.
+    purged.failures.extend(gate.look_again().err());
     purged.kept.extend(kept);
     Ok(Purged { restored, ..purged })
 }

@@ -332,7 +332,7 @@ mod tests {
     }
 
     fn options() -> Options {
-        Options { grace: Duration::ZERO, gate: Gate::Stopped, ..Options::default() }
+        Options { grace: Duration::ZERO, gate: Gate::STOPPED, ..Options::default() }
     }
 
     /// Told to stop after so many steps.

@@ -17,8 +17,8 @@ use crate::store::Store;
 /// What is known of the registries that serve a store.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Gate {
-    /// None runs, or each refuses to be written to: a sweep may take all at once.
-    Stopped,
+    /// None runs, or each refuses to be written to: a sweep may take all at once, as long as the witness says so.
+    Stopped(Witness),
     /// One may run and remembers nothing (`no cache` in its config.yml).
     Off,
     /// They can be asked, one by one, and told to forget.
@@ -50,6 +50,45 @@ impl Said {
             (true, false) => Said::Stopped,
             (true, true) => Said::StoppedForSure,
         }
+    }
+}
+
+/// Looks whether it is still true that no registry can write to a store.
+pub trait Looks: Send + Sync {
+    /// Looks again.
+    ///
+    /// # Errors
+    /// One can, or that can't be told; what to do.
+    fn look(&self) -> Result<()>;
+
+    /// What the last look relied on.
+    fn relied_on(&self) -> String;
+}
+
+/// Who looks, again and again while a sweep goes on, whether no registry can write; nobody, where it was said that nothing
+/// of this machine matters.
+#[derive(Clone, Default)]
+pub struct Witness(pub Option<Arc<dyn Looks>>);
+
+impl fmt::Display for Witness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(looks) => f.write_str(&looks.relied_on()),
+            None => f.write_str("it was said so, and nobody looked"),
+        }
+    }
+}
+
+impl fmt::Debug for Witness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// What a gate lets through is the same, whoever looks.
+impl PartialEq for Witness {
+    fn eq(&self, _other: &Witness) -> bool {
+        true
     }
 }
 
@@ -87,10 +126,24 @@ pub trait Registries: Send + Sync {
 }
 
 impl Gate {
+    /// No registry runs, and nobody needs to look again.
+    pub const STOPPED: Gate = Gate::Stopped(Witness(None));
+
+    /// Looks again where no registry can write, so that everything goes at once.
+    ///
+    /// # Errors
+    /// It is not so any more, or that can't be told; what to do.
+    pub(in crate::gc) fn look_again(&self) -> Result<()> {
+        match self {
+            Gate::Stopped(Witness(Some(looks))) => looks.look(),
+            _ => Ok(()),
+        }
+    }
+
     /// The word for it in reports.
     pub fn word(&self) -> &'static str {
         match self {
-            Gate::Stopped => "stopped",
+            Gate::Stopped(_) => "stopped",
             Gate::Off => "off",
             Gate::Probe(_) => "probe",
             Gate::Stop { .. } => "stop",
@@ -99,7 +152,7 @@ impl Gate {
 
     /// Whether a registry may be running.
     pub fn is_beside(&self) -> bool {
-        *self != Gate::Stopped
+        !matches!(self, Gate::Stopped(_))
     }
 
     /// The same, if each registry that is to be asked is shown to serve this storage; otherwise one that takes nothing.
@@ -132,7 +185,7 @@ pub const UNKNOWN: &str = "nothing tells whether a registry runs and what it rem
 impl fmt::Display for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Gate::Stopped => f.write_str("no registry runs, or none can be written to"),
+            Gate::Stopped(witness) => write!(f, "no registry runs, or none can be written to ({witness})"),
             Gate::Off => f.write_str("the registry remembers nothing (no cache.blobdescriptor)"),
             Gate::Probe(probe) => {
                 write!(f, "each registry is asked before a blob goes ({})", probe.0.name().printable())

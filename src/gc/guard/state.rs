@@ -130,7 +130,7 @@ pub fn all(
         let since = ledger.since(id).map(|since| since.wall());
         let next = match options.gate {
             // At once, all of it.
-            Gate::Stopped => Some(old_at),
+            Gate::Stopped(_) => Some(old_at),
             _ => since.unwrap_or(old_at.max(now)).checked_add(options.grace).map(|next| next.max(old_at)),
         };
         let state = match (&options.gate, next) {
@@ -183,7 +183,7 @@ impl Total {
         let bytes = if self.bytes == 0 { String::new() } else { format!(" ({})", ByteSize::b(self.bytes)) };
         let next = self.next.map_or_else(|| "the first that sees it".to_string(), timestamp);
         match self.state {
-            State::Candidate if *gate == Gate::Stopped => {
+            State::Candidate if !gate.is_beside() => {
                 format!("candidate: {what}{bytes}, taken from {next} on")
             }
             State::Candidate => {
