@@ -10,18 +10,22 @@
 pub mod http;
 mod judge;
 mod processes;
+pub mod redis;
+mod whom;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::Result;
-use crate::gc::guard::gate::{Gate, Probe, Said};
+use crate::error::{Error, Result};
+use crate::gc::guard::gate::{All, Gate, Looks, Probe, Registries, Said, Witness};
 use crate::printable::Printable;
-use crate::registry_config::{self, StoreArgument};
+use crate::registry_config::{self, RedisConfig, StoreArgument};
 use http::{Client, Credentials};
 use judge::{Evidence, Verdict, judge};
 use processes::{Facts, Process};
+use redis::Redis;
+use whom::{Memory, Whom};
 
 /// What is known of the registries that serve a store.
 #[derive(Clone, Debug, Default)]
@@ -32,6 +36,8 @@ pub struct Known {
     config: Option<PathBuf>,
     urls: Vec<String>,
     credentials: Credentials,
+    /// The redis that was named, with its password.
+    redis: Option<RedisConfig>,
 }
 
 impl Known {
@@ -43,7 +49,13 @@ impl Known {
             config: argument.from_config.as_deref().map(absolute),
             urls: urls.to_vec(),
             credentials,
+            redis: None,
         }
+    }
+
+    /// The same, with the redis in which registries remember.
+    pub fn with_redis(self, redis: Option<RedisConfig>) -> Known {
+        Known { redis, ..self }
     }
 
     /// How a sweep may go on now.
@@ -51,25 +63,47 @@ impl Known {
     /// # Errors
     /// It was said that no registry runs, and one does.
     pub fn gate(&self, said: Said) -> Result<Gate> {
-        if said == Said::StoppedForSure {
-            return Ok(Gate::STOPPED);
-        }
-        Ok(match judge(&self.look()?, said)? {
-            Verdict::Stopped => Gate::STOPPED,
+        let seen = if said.is_sure() { self.evidence(Vec::new()) } else { self.look()? };
+        Ok(match judge(&seen, said)? {
+            Verdict::Stopped => self.stopped(&seen, said, Witness::default())?,
             Verdict::Off => Gate::Off,
             Verdict::Stop(why) => Gate::Stop { why },
-            Verdict::Ask(urls) => match self.client(&urls) {
-                Ok(client) => Gate::Probe(Probe(Arc::new(client))),
+            Verdict::Ask(whom) => match self.ask(whom) {
+                Ok(all) => Gate::Probe(Probe(Arc::new(all))),
                 Err(why) => Gate::Stop { why },
             },
         })
     }
 
+    /// No registry can write; what outlives them is told of all that goes.
+    fn stopped(&self, seen: &Evidence, said: Said, witness: Witness) -> Result<Gate> {
+        let refused = |why: String| Error::invalid(format!("registry-stopped was said, but {why}"));
+        let memories = match whom::memories(seen) {
+            Err(why) if !said.is_emptied() => return Err(refused(why)),
+            memories => memories.unwrap_or_default(),
+        };
+        let mut told: Vec<Arc<dyn Registries>> = Vec::new();
+        for Memory { redis, .. } in &memories {
+            match Redis::open(redis, Vec::new(), said.is_emptied()) {
+                Ok(redis) => told.push(Arc::new(redis)),
+                Err(why) if said.is_emptied() => log::info!("{why}; it was said to be emptied"),
+                Err(why) => return Err(refused(format!("{why}; {NEXT_FOR_REDIS}"))),
+            }
+        }
+        Ok(Gate::Stopped(match told.is_empty() {
+            true => witness,
+            false => Witness(Some(Arc::new(Outlived { witness, told: All(told) }))),
+        }))
+    }
+
     /// All that can be known without asking a registry.
     fn look(&self) -> Result<Evidence> {
-        let running = self.running()?;
+        Ok(self.evidence(self.running()?))
+    }
+
+    fn evidence(&self, running: Vec<Process>) -> Evidence {
         let facts = self.facts(&running);
-        Ok(Evidence { running, facts, urls: self.urls.clone() })
+        Evidence { running, facts, urls: self.urls.clone(), redis: self.redis.clone() }
     }
 
     fn running(&self) -> Result<Vec<Process>> {
@@ -112,14 +146,54 @@ impl Known {
         Ok(client)
     }
 
+    /// All of them, if they can be asked; why not, otherwise.
+    fn ask(&self, whom: Whom) -> std::result::Result<All, String> {
+        let mut all: Vec<Arc<dyn Registries>> = Vec::new();
+        if !whom.urls.is_empty() {
+            all.push(Arc::new(self.client(&whom.urls)?));
+        }
+        for Memory { redis, urls } in whom.memories {
+            let asked = urls.into_iter().map(|url| Client::new(&[url], self.credentials.clone())).collect();
+            let redis =
+                Redis::open(&redis, asked, false).map_err(|why| format!("{why}; {NEXT_FOR_REDIS}"))?;
+            all.push(Arc::new(redis));
+        }
+        Ok(All(all))
+    }
+
     /// The registries that are to forget what is removed; `None` where none remembers.
     ///
     /// # Errors
     /// Why one that may remember can't be told.
-    pub fn rememberers(&self) -> std::result::Result<Option<Client>, String> {
+    pub fn rememberers(&self) -> std::result::Result<Option<All>, String> {
         let seen = self.look().map_err(|e| e.to_string())?;
-        let may_remember = !seen.urls.is_empty() || seen.facts.iter().any(|facts| facts.remembers);
-        may_remember.then(|| self.client(&judge::urls(&seen)?)).transpose()
+        let is_named = !seen.urls.is_empty() || seen.redis.is_some();
+        let may_remember = is_named || seen.facts.iter().any(|facts| facts.remembers);
+        may_remember.then(|| self.ask(whom::whom(&seen)?)).transpose()
+    }
+}
+
+/// What to do about a redis that can't be asked.
+const NEXT_FOR_REDIS: &str = "mend that, or give the address as it is seen from here with --redis redis://HOST:PORT/DB; or stop \
+                              the registry, empty its cache, and add --registry-stopped --cache-emptied";
+
+/// No registry runs, and what they remember outlives them.
+struct Outlived {
+    witness: Witness,
+    told: All,
+}
+
+impl Looks for Outlived {
+    fn look(&self) -> Result<()> {
+        self.witness.0.as_ref().map_or(Ok(()), |looks| looks.look())
+    }
+
+    fn relied_on(&self) -> String {
+        format!("{}; told to forget what goes: {}", self.witness, self.told.name())
+    }
+
+    fn outliving(&self) -> Option<&dyn Registries> {
+        Some(&self.told)
     }
 }
 

@@ -68,6 +68,9 @@ pub(super) struct GcArgs {
     /// With --registry-stopped: whatever runs on this machine has nothing to do with this storage
     #[arg(long, requires = "registry_stopped")]
     force: bool,
+    /// With --registry-stopped: the cache that outlives the registry (redis) was emptied since it stopped
+    #[arg(long, requires = "registry_stopped")]
+    cache_emptied: bool,
     #[command(flatten)]
     registry: RegistryArgs,
     /// Go on, step by step, until nothing is left that could be taken
@@ -121,7 +124,7 @@ impl GcArgs {
     }
 
     fn said(&self) -> Said {
-        Said::of(self.registry_stopped, self.force)
+        Said::of(self.registry_stopped, self.force, self.cache_emptied)
     }
 }
 

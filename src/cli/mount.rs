@@ -100,6 +100,7 @@ impl MountArgs {
                 MountWord::Rate(rate) => self.rate = Some(rate),
                 MountWord::Drain(drain) => self.registry.drain = drain,
                 MountWord::Registry(url) => self.registry.registry.push(url),
+                MountWord::Redis(redis) => self.registry.redis.redis = Some(redis),
                 MountWord::RegistryAuth(file) => self.registry.registry_auth = Some(file),
                 MountWord::SweepEvery(every) => self.sweep_every = Some(every),
                 MountWord::SweepWindow(window) => self.sweep_window = Some(window),

@@ -13,6 +13,8 @@ use super::duration;
 use super::mount::interval;
 use super::registry::url;
 use crate::engine::schedule::Window;
+use crate::registries::redis::parse_url;
+use crate::registry_config::RedisConfig;
 use crate::view::control::parse_rate;
 
 /// A word of `-o`.
@@ -34,6 +36,8 @@ pub(super) enum MountWord {
     Drain(Duration),
     /// `registry=URL`
     Registry(String),
+    /// `redis=URL`
+    Redis(RedisConfig),
     /// `registry_auth=FILE`
     RegistryAuth(PathBuf),
     /// `sweep_every=TIME`
@@ -98,6 +102,7 @@ pub(super) fn word(text: &str) -> Result<MountWord, String> {
         ("rate", Some(rate)) => parse_rate(rate).map(MountWord::Rate),
         ("drain", Some(time)) => duration(time).map(MountWord::Drain),
         ("registry", Some(at)) => url(at).map(MountWord::Registry),
+        ("redis", Some(at)) => parse_url(at).map(MountWord::Redis),
         ("registry_auth", Some(file)) if !file.is_empty() => Ok(MountWord::RegistryAuth(file.into())),
         ("sweep_every", Some(time)) => interval(time).map(MountWord::SweepEvery),
         ("sweep_window", Some(window)) => Window::parse(window).map(MountWord::SweepWindow),
@@ -109,7 +114,7 @@ pub(super) fn word(text: &str) -> Result<MountWord, String> {
         (key, None) if GENERIC.contains(&key) => Ok(MountWord::Generic),
         _ => Err(
             "there are ro, rw, allow_other, replace, grace=AGE, drain=TIME, keep=AGE, rate=N, registry=URL, \
-             registry_auth=FILE, sweep_every=TIME, sweep_window=HH:MM-HH:MM, guard=DIRECTORY, log_file=FILE, and what mount(8) takes for any \
+             registry_auth=FILE, redis=URL, sweep_every=TIME, sweep_window=HH:MM-HH:MM, guard=DIRECTORY, log_file=FILE, and what mount(8) takes for any \
              filesystem"
                 .to_string(),
         ),

@@ -9,12 +9,14 @@ use clap::Args;
 use super::{Environment, duration};
 use crate::error::{Error, Result};
 use crate::printable::Printable;
-use crate::registries::Known;
 use crate::registries::http::Credentials;
-use crate::registry_config::StoreArgument;
+use crate::registries::{Known, redis};
+use crate::registry_config::{RedisConfig, StoreArgument};
 
 /// Who we are to a registry, where no file says it.
 const AUTH: &str = "REGFS_REGISTRY_AUTH";
+/// The password for the redis of `--redis`.
+const REDIS_PASSWORD: &str = "REGFS_REDIS_PASSWORD";
 /// Longest file of credentials.
 const AUTH_LIMIT: usize = 64 << 10;
 
@@ -27,9 +29,38 @@ pub(super) struct RegistryArgs {
     /// A file with user:password, or Bearer and a token, for them; or the variable REGFS_REGISTRY_AUTH
     #[arg(long, value_name = "FILE")]
     pub(super) registry_auth: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) redis: RedisArgs,
     /// How long a request to a registry may be under way
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
     pub(super) drain: Duration,
+}
+
+/// Where registries remember if not in their own memory.
+#[derive(Args, Debug)]
+pub(super) struct RedisArgs {
+    /// Where registries remember whose cache is redis, as redis://[USER@]HOST[:PORT][/DB] or rediss://…; by default what
+    /// config.yml says. The password belongs into the variable REGFS_REDIS_PASSWORD
+    #[arg(long, value_name = "URL", value_parser = redis::parse_url)]
+    pub(super) redis: Option<RedisConfig>,
+}
+
+impl RedisArgs {
+    /// That redis, with the user and the password that were given for it or that config.yml has.
+    pub(super) fn config(
+        &self,
+        argument: &StoreArgument,
+        environment: Environment<'_>,
+    ) -> Option<RedisConfig> {
+        let given = environment.get(OsStr::new(REDIS_PASSWORD)).and_then(|value| value.to_str());
+        let configured = argument.redis.clone().unwrap_or_default();
+        self.redis.clone().map(|redis| RedisConfig {
+            username: redis.username.or(configured.username),
+            password: given.map(str::to_string).or(configured.password),
+            tls: redis.tls.map(|tls| configured.tls.unwrap_or(tls)),
+            ..redis
+        })
+    }
 }
 
 pub(super) fn url(text: &str) -> std::result::Result<String, String> {
@@ -47,7 +78,8 @@ pub(super) fn url(text: &str) -> std::result::Result<String, String> {
 impl RegistryArgs {
     /// What is known of the registries that serve the store of `argument`.
     pub(super) fn known(&self, argument: &StoreArgument, environment: Environment<'_>) -> Result<Known> {
-        Ok(Known::new(argument, &self.registry, self.credentials(environment)?))
+        let known = Known::new(argument, &self.registry, self.credentials(environment)?);
+        Ok(known.with_redis(self.redis.config(argument, environment)))
     }
 
     fn credentials(&self, environment: Environment<'_>) -> Result<Credentials> {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::output::to_stdout;
+use super::registry::RedisArgs;
 use super::{Environment, Outcome, duration, print, store_argument, typed};
 use crate::catalog::Tables;
 use crate::error::{Error, Result};
@@ -60,6 +61,11 @@ enum TrashCommand {
         /// With --registry-stopped: whatever runs on this machine has nothing to do with this storage
         #[arg(long, requires = "registry_stopped")]
         force: bool,
+        /// With --registry-stopped: the cache that outlives the registry was emptied since it stopped
+        #[arg(long, requires = "registry_stopped")]
+        cache_emptied: bool,
+        #[command(flatten)]
+        redis: RedisArgs,
     },
 }
 
@@ -89,7 +95,7 @@ pub(super) fn run(
             print(&undone.text(id))?;
             Ok(if undone.missing.is_empty() { Outcome::Done } else { Outcome::Unfinished })
         }
-        TrashCommand::Purge { id, older, all: _, registry_stopped, force } => {
+        TrashCommand::Purge { id, older, all: _, registry_stopped, force, cache_emptied, redis } => {
             let selection = match (id, older) {
                 (Some(id), _) => Selection::One(id.clone()),
                 (None, Some(age)) => Selection::Older(*age),
@@ -97,7 +103,8 @@ pub(super) fn run(
                 (None, None) => Selection::All,
             };
             let known = Known::new(&argument, &[], Credentials::None);
-            let gate = known.gate(Said::of(*registry_stopped, *force))?;
+            let known = known.with_redis(redis.config(&argument, environment));
+            let gate = known.gate(Said::of(*registry_stopped, *force, *cache_emptied))?;
             let purged = gc::purge_trash(&store, &Tables::default(), &author, &selection, &gate)?;
             print(&purged.text())?;
             Ok(if purged.failures.is_empty() { Outcome::Done } else { Outcome::Unfinished })

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::guard::{self, Round};
+use super::guard::{self, Round, outliving};
 use super::plan::{Plan, Policy};
 use super::report::{Mode, Report};
 use super::{LOCK_WAIT, Options, Progress, give_back as give, leftovers, purge, sweep};
@@ -115,7 +115,7 @@ impl<'a> Collection<'a> {
         let (mut catalog, mut restored) = give_back(self.store, &self.tables, Some(&first), &self.options)?;
         drop(first);
         self.save_cache(&catalog);
-        self.options.gate = self.options.gate.verified(self.store, &catalog);
+        self.options.gate = self.options.gate.verified(self.store, &catalog)?;
         let policy = self.policy();
         if !restored.is_empty() {
             // With what came back something else may be garbage, which takes two looks as well.
@@ -135,6 +135,7 @@ impl<'a> Collection<'a> {
         if !options.gate.is_beside() {
             let plan = Arc::new(plan);
             let mut report = Report::new(*store, Mode::Sweep, options, self.now, catalog, plan.clone())?;
+            outliving::tell(&options.gate, catalog, &plan.items)?;
             report.set_taken(sweep::take(*store, catalog, &plan, options, self.author, self.progress)?);
             return Ok(report);
         }
@@ -159,7 +160,7 @@ impl<'a> Collection<'a> {
         }
         let doomed = self.doomed(report)?;
         if !doomed.is_empty() {
-            self.purge(&doomed, report)?;
+            self.purge(doomed, report)?;
         }
         report.set_states(self.store, &self.tables, self.look.wall())
     }
@@ -181,9 +182,10 @@ impl<'a> Collection<'a> {
         Ok(doomed)
     }
 
-    fn purge(&self, doomed: &[String], report: &mut Report) -> Result<()> {
-        let blobs = purge::blobs_in(self.store, doomed)?;
-        let purged = trash::purge::purge(self.store, doomed, self.progress)?;
+    fn purge(&self, doomed: Vec<String>, report: &mut Report) -> Result<()> {
+        let doomed = outliving::purgeable(self.store, &self.options.gate, doomed)?;
+        let blobs = purge::blobs_in(self.store, &doomed)?;
+        let purged = trash::purge::purge(self.store, &doomed, self.progress)?;
         report.set_purged(purged, self.options.now);
         let policy = self.policy();
         for blob in blobs {

@@ -35,7 +35,11 @@ pub fn dangling(
 ) -> Result<bool> {
     let link = layout::layer_link(repository, digest);
     let Some(stored) = target(store, &link, digest)? else { return Ok(false) };
-    if is_there(store, &layout::blob_data(&stored))? || !registries.remembers(repository, digest)? {
+    let is_remembered = || -> Result<bool> {
+        // With a link, to remember the bytes is enough.
+        Ok(registries.remembers(repository, digest)? || registries.remembers_bytes(&stored)?)
+    };
+    if is_there(store, &layout::blob_data(&stored))? || !is_remembered()? {
         return Ok(false);
     }
     let reason = "a registry remembers a link to bytes that are nowhere";
@@ -44,6 +48,7 @@ pub fn dangling(
     Stage::removed(drain).write(store, transaction.id())?;
     store.sync()?;
     registries.forget(repository, digest)?;
+    registries.forget_bytes(&stored)?;
     Ok(true)
 }
 
@@ -85,7 +90,7 @@ pub fn removed(
         return Ok(());
     }
     // The bytes of a manifest may be a layer, too, and a DELETE means that.
-    match is_there(store, &layout::layer_link(repository, digest))? {
+    match registries.removes_links() && is_there(store, &layout::layer_link(repository, digest))? {
         true => forget_keeping(store, registries, author, repository, digest),
         false => registries.forget(repository, digest),
     }

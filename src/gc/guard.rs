@@ -30,10 +30,13 @@
 //!
 //! The manifest of an image needs no fence of its own: a registry without a cache looks for the bytes when it is pushed,
 //! and writes them if they are gone; if it saw them right before they went, its link to them is written within the drain, which is over before a
-//! purge. Beside a cache manifests stay: 2.8 and 3.1 do not write those again that they remember.
+//! purge. Beside a cache manifests stay: 2.8 and 3.1 do not write those again that they remember. Only a cache in redis can
+//! be told to forget them. It outlives its registry, so one that was killed in a push may leave an entry without a link there:
+//! it is asked once more before the purge ([`outliving`]).
 
 pub mod gate;
 pub mod ledger;
+pub(super) mod outliving;
 mod quarantine;
 pub mod state;
 
@@ -221,7 +224,7 @@ impl Round<'_> {
     fn may_take(&self, id: DigestId, bytes: u64) -> Result<bool> {
         match &self.options.gate {
             Gate::Off => Ok(true),
-            Gate::Probe(_) => Ok(!self.may_be_manifest(id, bytes)?),
+            Gate::Probe(probe) => Ok(probe.0.forgets_bytes() || !self.may_be_manifest(id, bytes)?),
             Gate::Stop { .. } | Gate::Stopped(_) => Ok(false),
         }
     }
@@ -446,6 +449,7 @@ impl Round<'_> {
                 let repository = self.catalog.name(name);
                 probe.0.forget(Path::new(&*repository), &self.catalog.digest(id))?;
             }
+            probe.0.forget_bytes(&self.catalog.digest(blob))?;
         }
         Ok(true)
     }

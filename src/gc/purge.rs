@@ -40,6 +40,7 @@ pub fn purge_trash(
             Some(why) => kept.push(format!("{id}: {why}")),
         }
     }
+    let doomed = guard::outliving::purgeable(store, gate, doomed)?;
     gate.look_again()?;
     let mut purged = trash::purge::purge(store, &doomed, &Unwatched)?;
     // What was removed is gone, so this belongs into the report of that.

@@ -4,8 +4,10 @@
 //! The rules are functions of their own, in the order in which they count; the first that says something is the answer.
 
 use super::processes::{Facts, Process};
+use super::whom::{Whom, whom};
 use crate::error::{Error, Result};
-use crate::gc::guard::gate::{Said, UNKNOWN};
+use crate::gc::guard::gate::Said;
+use crate::registry_config::RedisConfig;
 
 /// All that is known.
 pub(super) struct Evidence {
@@ -15,6 +17,8 @@ pub(super) struct Evidence {
     pub(super) facts: Vec<Facts>,
     /// The URLs that were named.
     pub(super) urls: Vec<String>,
+    /// The redis that was named.
+    pub(super) redis: Option<RedisConfig>,
 }
 
 /// How a sweep may go on.
@@ -24,8 +28,8 @@ pub(super) enum Verdict {
     Stopped,
     /// None remembers anything.
     Off,
-    /// Those that answer there are to be asked.
-    Ask(Vec<String>),
+    /// These are to be asked.
+    Ask(Whom),
     /// Nothing may be taken, and why.
     Stop(String),
 }
@@ -36,14 +40,14 @@ pub(super) enum Verdict {
 /// It was said that no registry runs, and that is not so or does not help.
 pub(super) fn judge(seen: &Evidence, said: Said) -> Result<Verdict> {
     match said {
-        Said::StoppedForSure => return Ok(Verdict::Stopped),
-        Said::Stopped => return stopped(seen).map(|()| Verdict::Stopped),
+        Said::StoppedForSure | Said::EmptiedForSure => return Ok(Verdict::Stopped),
+        Said::Stopped | Said::Emptied => return stopped(seen).map(|()| Verdict::Stopped),
         Said::Nothing => {}
     }
     let rules = [read_only, proxy, no_memory, doubts, unnamed, no_deletes];
     let verdict = rules.iter().find_map(|rule| rule(seen));
-    Ok(verdict.unwrap_or_else(|| match urls(seen) {
-        Ok(urls) => Verdict::Ask(urls),
+    Ok(verdict.unwrap_or_else(|| match whom(seen) {
+        Ok(whom) => Verdict::Ask(whom),
         Err(why) => Verdict::Stop(why),
     }))
 }
@@ -57,18 +61,12 @@ fn stopped(seen: &Evidence) -> Result<()> {
             process.relation()
         )));
     }
-    if seen.facts.iter().any(|facts| facts.remembers_for_ever) {
-        return Err(Error::invalid(
-            "registry-stopped was said, but the registry's cache.blobdescriptor outlives it (redis): empty that and \
-             say force, too, or let it be asked while the registry runs (--registry URL)",
-        ));
-    }
     Ok(())
 }
 
 fn read_only(seen: &Evidence) -> Option<Verdict> {
-    let are_all = seen.facts.iter().all(|facts| facts.read_only && !facts.remembers_for_ever);
-    (!seen.facts.is_empty() && are_all).then_some(Verdict::Stopped)
+    let are_all = seen.facts.iter().all(|facts| facts.read_only && facts.outlives.is_none());
+    (!seen.facts.is_empty() && are_all && seen.redis.is_none()).then_some(Verdict::Stopped)
 }
 
 fn proxy(seen: &Evidence) -> Option<Verdict> {
@@ -79,7 +77,7 @@ fn proxy(seen: &Evidence) -> Option<Verdict> {
 
 fn no_memory(seen: &Evidence) -> Option<Verdict> {
     let is_known = !seen.facts.is_empty() && seen.facts.iter().all(|facts| !facts.remembers);
-    is_known.then_some(Verdict::Off)
+    (is_known && seen.redis.is_none()).then_some(Verdict::Off)
 }
 
 /// A registry of which nobody knows what it serves, while none is named to be asked.
@@ -104,23 +102,9 @@ fn unnamed(seen: &Evidence) -> Option<Verdict> {
 fn no_deletes(seen: &Evidence) -> Option<Verdict> {
     let why = "the registry remembers and does not delete; storage.delete.enabled: true in its config.yml makes it, or stop \
                it and say registry-stopped";
-    seen.facts.iter().any(|facts| facts.refuses_delete).then(|| Verdict::Stop(why.to_string()))
-}
-
-/// Where all of them answer; why that is not known, otherwise.
-pub(super) fn urls(seen: &Evidence) -> std::result::Result<Vec<String>, String> {
-    let mut urls = seen.urls.clone();
-    if urls.is_empty() {
-        for facts in &seen.facts {
-            urls.push(facts.url.clone().ok_or(
-                "of a registry that runs nobody can tell where it answers; give its URL with --registry, or stop it and say \
-                 registry-stopped",
-            )?);
-        }
-    }
-    urls.sort_unstable();
-    urls.dedup();
-    if urls.is_empty() { Err(UNKNOWN.to_string()) } else { Ok(urls) }
+    // Redis is told directly.
+    let refuses = |facts: &Facts| facts.refuses_delete && facts.outlives.is_none();
+    seen.facts.iter().any(refuses).then(|| Verdict::Stop(why.to_string()))
 }
 
 #[cfg(test)]
@@ -128,14 +112,22 @@ mod tests {
     use super::*;
 
     fn seen(facts: Vec<Facts>, urls: &[&str]) -> Evidence {
-        Evidence { running: Vec::new(), facts, urls: urls.iter().map(|url| (*url).to_string()).collect() }
+        Evidence {
+            running: Vec::new(),
+            facts,
+            urls: urls.iter().map(|url| (*url).to_string()).collect(),
+            redis: None,
+        }
     }
 
     #[test]
     fn the_first_rule_that_knows_something_decides() {
         let unknown = Facts::unknown;
         let at = |url: &str| Facts { url: Some(url.to_string()), ..unknown() };
-        let ask = |urls: &[&str]| Some(Verdict::Ask(urls.iter().map(|url| (*url).to_string()).collect()));
+        let ask = |urls: &[&str]| {
+            let urls = urls.iter().map(|url| (*url).to_string()).collect();
+            Some(Verdict::Ask(Whom { urls, memories: Vec::new() }))
+        };
         let cases: [(&str, Evidence, Option<Verdict>); 9] = [
             ("nothing is known", seen(vec![], &[]), None),
             ("named", seen(vec![], &["u"]), ask(&["u"])),

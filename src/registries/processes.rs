@@ -15,14 +15,14 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::error::{Error, Result};
 use crate::layout::REGISTRY_DIR;
 use crate::printable::Printable;
-use crate::registry_config::{self, StoreArgument, Variables};
+use crate::registry_config::{self, RedisConfig, StoreArgument, Variables};
 
 /// What matters of a registry.
 pub(super) struct Facts {
     /// It remembers blobs, or that is not known.
     pub(super) remembers: bool,
     /// What it remembers is not in its own memory, so it still does after it was stopped.
-    pub(super) remembers_for_ever: bool,
+    pub(super) outlives: Option<Outlives>,
     /// It refuses all writes.
     pub(super) read_only: bool,
     /// It is a pull-through cache.
@@ -38,7 +38,7 @@ impl Facts {
     pub(super) fn unknown() -> Facts {
         Facts {
             remembers: true,
-            remembers_for_ever: false,
+            outlives: None,
             read_only: false,
             proxy: false,
             refuses_delete: false,
@@ -50,11 +50,30 @@ impl Facts {
     pub(super) fn of(config: &StoreArgument) -> Facts {
         Facts {
             remembers: config.descriptor_cache.is_some(),
-            remembers_for_ever: config.descriptor_cache.as_deref().is_some_and(|cache| cache != "inmemory"),
+            outlives: Outlives::of(config),
             read_only: config.read_only == Some(true),
             proxy: config.proxy != Some(false),
             refuses_delete: config.delete_enabled == Some(false),
             url: config.url.clone(),
+        }
+    }
+}
+
+/// A memory of a registry that it keeps while it is stopped.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Outlives {
+    /// In redis; there, if that is known.
+    Redis(Option<RedisConfig>),
+    /// A cache of that kind, which can't be asked.
+    Other(String),
+}
+
+impl Outlives {
+    fn of(config: &StoreArgument) -> Option<Outlives> {
+        match config.descriptor_cache.as_deref() {
+            None | Some("inmemory") => None,
+            Some("redis") => Some(Outlives::Redis(config.redis.clone())),
+            Some(kind) => Some(Outlives::Other(kind.to_string())),
         }
     }
 }

@@ -11,10 +11,10 @@ use crate::trash::Selection;
 
 /// What `control/gc` understands.
 pub const GC_GRAMMAR: &str = "dry-run | sweep [untagged[=7d]] [repository=GLOB] [uploads=7d] [referrers=orphans] [repair] [thorough] \
-     [grace=24h] [drain=10m] [keep=7d] [rate=N] [registry-stopped [force]] [now] | stop, with an optional & at the end";
+     [grace=24h] [drain=10m] [keep=7d] [rate=N] [registry-stopped [force] [cache-emptied]] [now] | stop, with an optional & at the end";
 /// What `control/trash` understands.
 pub const TRASH_GRAMMAR: &str =
-    "undo <transaction> | purge [<transaction>|older=7d] [registry-stopped [force]]";
+    "undo <transaction> | purge [<transaction>|older=7d] [registry-stopped [force] [cache-emptied]]";
 
 /// A command to `control/gc`.
 #[derive(Clone, Debug, PartialEq)]
@@ -122,18 +122,19 @@ pub fn parse_gc(text: &str, defaults: &Options) -> Result<GcCommand> {
         Some(other) => return Err(wrong(format!("unknown command {other:?}"))),
         None => return Err(wrong("empty command".to_string())),
     }
-    let (mut is_stopped, mut is_sure) = (false, false);
+    let (mut is_stopped, mut is_sure, mut is_emptied) = (false, false, false);
     for word in words {
         match word {
             "registry-stopped" => is_stopped = true,
             "force" => is_sure = true,
+            "cache-emptied" => is_emptied = true,
             _ => parse_option(word, &mut options).map_err(wrong)?,
         }
     }
-    if is_sure && !is_stopped {
-        return Err(wrong("force belongs to registry-stopped".to_string()));
+    if (is_sure || is_emptied) && !is_stopped {
+        return Err(wrong("force and cache-emptied belong to registry-stopped".to_string()));
     }
-    Ok(GcCommand::Run(options, Said::of(is_stopped, is_sure), background))
+    Ok(GcCommand::Run(options, Said::of(is_stopped, is_sure, is_emptied), background))
 }
 
 /// Reads what was written to `control/trash`.
@@ -141,12 +142,13 @@ pub fn parse_trash(text: &str) -> Result<TrashCommand> {
     let wrong = |why: String| Error::invalid(format!("{why}; understood is: {TRASH_GRAMMAR}"));
     let mut words: Vec<&str> = text.split_whitespace().collect();
     let is_purge = words.first() == Some(&"purge");
+    let is_emptied = is_purge && words.pop_if(|word| *word == "cache-emptied").is_some();
     let is_sure = is_purge && words.pop_if(|word| *word == "force").is_some();
     let is_stopped = is_purge && words.pop_if(|word| *word == "registry-stopped").is_some();
-    if is_sure && !is_stopped {
-        return Err(wrong("force belongs behind registry-stopped".to_string()));
+    if (is_sure || is_emptied) && !is_stopped {
+        return Err(wrong("force and cache-emptied belong behind registry-stopped".to_string()));
     }
-    let purge = |selection| Ok(TrashCommand::Purge(selection, Said::of(is_stopped, is_sure)));
+    let purge = |selection| Ok(TrashCommand::Purge(selection, Said::of(is_stopped, is_sure, is_emptied)));
     match words.as_slice() {
         ["undo", id] => Ok(TrashCommand::Undo(id.to_string())),
         ["purge"] => purge(Selection::All),

@@ -120,7 +120,8 @@ pub(crate) fn gc_command(bytes: &[u8]) {
             assert!(options.grace == defaults.grace || sets("grace"), "the grace period changed by itself");
             assert!(options.keep == defaults.keep || sets("keep"), "what is kept changed by itself");
             assert_eq!(said != Said::Nothing, says("registry-stopped"));
-            assert_eq!(said == Said::StoppedForSure, says("force"));
+            assert_eq!(said.is_sure(), says("force"));
+            assert_eq!(said.is_emptied(), says("cache-emptied"));
             assert_eq!(background, in_background);
         }
     }
@@ -134,6 +135,8 @@ pub(crate) fn trash_command(bytes: &[u8]) {
     if let Ok(TrashCommand::Purge(_, said)) = &command {
         let of_registries: &[&str] = match said {
             Said::Nothing => &[],
+            Said::Emptied => &["registry-stopped", "cache-emptied"],
+            Said::EmptiedForSure => &["registry-stopped", "force", "cache-emptied"],
             Said::Stopped => &["registry-stopped"],
             Said::StoppedForSure => &["registry-stopped", "force"],
         };

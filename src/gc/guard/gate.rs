@@ -7,10 +7,11 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::catalog::Catalog;
 use crate::catalog::intern::DigestId;
+use crate::catalog::{Catalog, Repository};
 use crate::digest::Digest;
 use crate::error::Result;
+use crate::layout;
 use crate::printable::Printable;
 use crate::store::Store;
 
@@ -40,16 +41,32 @@ pub enum Said {
     Stopped,
     /// The same, whatever this machine looks like.
     StoppedForSure,
+    /// That none runs, and that the cache which outlives them was emptied since.
+    Emptied,
+    /// The same, whatever this machine looks like.
+    EmptiedForSure,
 }
 
 impl Said {
-    /// What the words registry-stopped and force say.
-    pub fn of(is_stopped: bool, is_sure: bool) -> Said {
-        match (is_stopped, is_sure) {
-            (false, _) => Said::Nothing,
-            (true, false) => Said::Stopped,
-            (true, true) => Said::StoppedForSure,
+    /// What the words registry-stopped, force and cache-emptied say.
+    pub fn of(is_stopped: bool, is_sure: bool, is_emptied: bool) -> Said {
+        match (is_stopped, is_sure, is_emptied) {
+            (false, ..) => Said::Nothing,
+            (true, false, false) => Said::Stopped,
+            (true, true, false) => Said::StoppedForSure,
+            (true, false, true) => Said::Emptied,
+            (true, true, true) => Said::EmptiedForSure,
         }
+    }
+
+    /// Whether none runs, whatever this machine looks like.
+    pub fn is_sure(self) -> bool {
+        matches!(self, Said::StoppedForSure | Said::EmptiedForSure)
+    }
+
+    /// Whether what outlives registries was emptied.
+    pub fn is_emptied(self) -> bool {
+        matches!(self, Said::Emptied | Said::EmptiedForSure)
     }
 }
 
@@ -63,6 +80,11 @@ pub trait Looks: Send + Sync {
 
     /// What the last look relied on.
     fn relied_on(&self) -> String;
+
+    /// What registries remember that outlives them, so that it has to be told to forget what goes.
+    fn outliving(&self) -> Option<&dyn Registries> {
+        None
+    }
 }
 
 /// Who looks, again and again while a sweep goes on, whether no registry can write; nobody, where it was said that nothing
@@ -123,6 +145,80 @@ pub trait Registries: Send + Sync {
     /// Fails unless each of them is shown to write into this storage; `repository` is one that is there, and `witness` a
     /// blob that it has.
     fn verify(&self, store: &dyn Store, repository: &Path, witness: Option<&Digest>) -> Result<()>;
+
+    /// Whether each can be asked what it remembers of a blob in all repositories together, and told to forget that. Else
+    /// manifests stay: 2.8 and 3.1 do not write those again that they remember.
+    fn forgets_bytes(&self) -> bool {
+        false
+    }
+
+    /// Whether any remembers a blob, in whatever repository or in none; `false` where nobody can be asked.
+    fn remembers_bytes(&self, _digest: &Digest) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Tells each that can be told to forget a blob in every repository.
+    fn forget_bytes(&self, _digest: &Digest) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether to forget removes the layer link, too.
+    fn removes_links(&self) -> bool {
+        true
+    }
+}
+
+/// Several of them, of whatever kinds, as one.
+pub struct All(pub Vec<Arc<dyn Registries>>);
+
+impl All {
+    /// Does something with each, also after one that fails; the first failure.
+    fn each(&self, act: impl Fn(&dyn Registries) -> Result<()>) -> Result<()> {
+        self.0.iter().map(|one| act(&**one)).fold(Ok(()), Result::and)
+    }
+
+    fn any(&self, ask: impl Fn(&dyn Registries) -> Result<bool>) -> Result<bool> {
+        for one in &self.0 {
+            if ask(&**one)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+impl Registries for All {
+    fn name(&self) -> String {
+        self.0.iter().map(|one| one.name()).collect::<Vec<_>>().join(", ")
+    }
+
+    fn remembers(&self, repository: &Path, digest: &Digest) -> Result<bool> {
+        self.any(|one| one.remembers(repository, digest))
+    }
+
+    fn forget(&self, repository: &Path, digest: &Digest) -> Result<()> {
+        self.each(|one| one.forget(repository, digest))
+    }
+
+    fn verify(&self, store: &dyn Store, repository: &Path, witness: Option<&Digest>) -> Result<()> {
+        self.0.iter().try_for_each(|one| one.verify(store, repository, witness))
+    }
+
+    fn forgets_bytes(&self) -> bool {
+        self.0.iter().all(|one| one.forgets_bytes())
+    }
+
+    fn remembers_bytes(&self, digest: &Digest) -> Result<bool> {
+        self.any(|one| one.remembers_bytes(digest))
+    }
+
+    fn forget_bytes(&self, digest: &Digest) -> Result<()> {
+        self.each(|one| one.forget_bytes(digest))
+    }
+
+    fn removes_links(&self) -> bool {
+        self.0.iter().any(|one| one.removes_links())
+    }
 }
 
 impl Gate {
@@ -155,20 +251,29 @@ impl Gate {
         !matches!(self, Gate::Stopped(_))
     }
 
+    /// What has to be told to forget what goes although no registry runs.
+    pub(in crate::gc) fn outliving(&self) -> Option<&dyn Registries> {
+        match self {
+            Gate::Stopped(Witness(Some(looks))) => looks.outliving(),
+            _ => None,
+        }
+    }
+
     /// The same, if each registry that is to be asked is shown to serve this storage; otherwise one that takes nothing.
-    pub(in crate::gc) fn verified(&self, store: &dyn Store, catalog: &Catalog) -> Gate {
-        let Gate::Probe(probe) = self else { return self.clone() };
-        // One that has images: an upload in it changes nothing about what is garbage.
-        let valid = || catalog.repositories.values().filter(|r| r.is_valid);
-        let Some(repository) = valid().find(|r| !r.revisions.is_empty()).or_else(|| valid().next()) else {
-            return self.clone();
+    ///
+    /// # Errors
+    /// No registry runs, and what outlives them is not shown to be theirs.
+    pub(in crate::gc) fn verified(&self, store: &dyn Store, catalog: &Catalog) -> Result<Gate> {
+        let registries = match self {
+            Gate::Probe(probe) => Some(&*probe.0),
+            _ => self.outliving(),
         };
-        let named = repository.revisions.iter().flat_map(|revision| catalog.closure(revision.target));
-        let linked = |id: &DigestId| repository.layers.binary_search(id).is_ok() && catalog.has_blob(*id);
-        let witness = named.into_iter().find(linked).map(|id| catalog.digest(id));
-        match probe.0.verify(store, &repository.name, witness.as_ref()) {
-            Ok(()) => self.clone(),
-            Err(e) => Gate::Stop { why: e.to_string() },
+        let Some(registries) = registries else { return Ok(self.clone()) };
+        let Some((repository, witness)) = witness(store, catalog)? else { return Ok(self.clone()) };
+        match registries.verify(store, &repository.name, witness.as_ref()) {
+            Ok(()) => Ok(self.clone()),
+            Err(e) if !self.is_beside() => Err(e),
+            Err(e) => Ok(Gate::Stop { why: e.to_string() }),
         }
     }
 
@@ -176,6 +281,29 @@ impl Gate {
     pub fn unknown() -> Gate {
         Gate::Stop { why: UNKNOWN.to_string() }
     }
+}
+
+/// A repository, and a blob that it has, if any has one. One that has images is better: an upload in it changes nothing
+/// about what is garbage.
+fn witness<'a>(store: &dyn Store, catalog: &'a Catalog) -> Result<Option<(&'a Repository, Option<Digest>)>> {
+    let valid = || catalog.repositories.values().filter(|r| r.is_valid).map(|r| &**r);
+    for repository in valid() {
+        let named = repository.revisions.iter().flat_map(|revision| catalog.closure(revision.target));
+        let linked = |id: &DigestId| repository.layers.binary_search(id).is_ok() && catalog.has_blob(*id);
+        if let Some(id) = named.into_iter().find(linked) {
+            return Ok(Some((repository, Some(catalog.digest(id)))));
+        }
+    }
+    for repository in valid() {
+        for id in repository.layers.iter().filter(|id| catalog.has_blob(**id)) {
+            let digest = catalog.digest(*id);
+            // The directory may be all that is left.
+            if store.stat(&layout::layer_link(&repository.name, &digest))?.is_some() {
+                return Ok(Some((repository, Some(digest))));
+            }
+        }
+    }
+    Ok(valid().next().map(|repository| (repository, None)))
 }
 
 /// Why nothing goes where nobody said anything.

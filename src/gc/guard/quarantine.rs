@@ -28,6 +28,13 @@ struct Fenced {
     places: HashSet<(PathBuf, Digest)>,
 }
 
+impl Fenced {
+    /// The digests that it is known by.
+    fn digests(&self) -> HashSet<Digest> {
+        self.places.iter().map(|(_, digest)| *digest).chain([self.digest]).collect()
+    }
+}
+
 impl Round<'_> {
     /// Moves the bytes of what is fenced, unless a registry remembers it: that is told to forget it, and waits once more.
     pub(super) fn quarantine(
@@ -154,12 +161,12 @@ impl Round<'_> {
             if forget::is_there(self.store, &link)? {
                 continue;
             }
-            if !course.held.contains(place) {
+            if registries.removes_links() && !course.held.contains(place) {
                 self.store.create(&transaction.path_of(&link), blob.digest.to_string().as_bytes())?;
             }
             registries.forget(repository, digest)?;
         }
-        Ok(())
+        blob.digests().iter().try_for_each(|digest| registries.forget_bytes(digest))
     }
 
     /// The blobs of a sweep, each with its links in the trash and every place that has ever had one.
@@ -199,6 +206,11 @@ impl Round<'_> {
         }
         for (repository, digest) in &blob.places {
             if probe.0.remembers(repository, digest)? {
+                return Ok(true);
+            }
+        }
+        for digest in blob.digests() {
+            if probe.0.remembers_bytes(&digest)? {
                 return Ok(true);
             }
         }
