@@ -5,7 +5,7 @@
 //! # Rules kept here
 //! 1. Unknown means reachable; a failing call ends the run before the first change ([`crate::catalog`]).
 //! 2. Every decision is in the [`plan::Plan`], a value; a dry run prints it, a sweep executes the same.
-//! 3. The first look needs no lock, and beside a registry takes its time ([`crate::store::resting`]). Before anything is
+//! 3. The first look needs no lock, and beside a registry takes its time ([`crate::store::paced`]). Before anything is
 //!    taken the store is looked at again, with the lock, and what is no longer garbage is left; after it once
 //!    more, and what a push relies on by then is given back before anything is purged.
 //! 4. Taking is moving to the trash, in the order tag → revision → layer link → blob with a sync between the steps,
@@ -37,7 +37,7 @@ use crate::catalog::Tables;
 use crate::error::Result;
 pub use crate::progress::{Progress, Unwatched};
 use crate::store::Store;
-use crate::store::limited::Limited;
+use crate::store::paced::Paced;
 use crate::trash::undo::Undone;
 use crate::trash::{self, Author};
 use collect::Collection;
@@ -60,7 +60,7 @@ pub fn run(
     author: &Author,
     progress: &dyn Progress,
 ) -> Result<Report> {
-    let limited = options.rate.map(|rate| Limited::new(store, rate, progress));
+    let limited = options.rate.map(|rate| Paced::at_rate(store, rate, progress));
     let store: &dyn Store = limited.as_ref().map_or(store, |limited| limited);
     // Clients of the registry come first.
     let is_patient = options.gate.is_beside() && !options.dry_run && tables.is_patient;

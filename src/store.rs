@@ -9,9 +9,8 @@
 //! keys, as an object store would, and serves tests.
 
 pub mod disk;
-pub mod limited;
 pub mod memory;
-pub mod resting;
+pub mod paced;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;

@@ -15,7 +15,7 @@ use crate::clock::Moment;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::store::Store;
-use crate::store::resting::Resting;
+use crate::store::paced::Paced;
 use crate::trash::{self, Author};
 
 /// A collection that goes on.
@@ -101,7 +101,7 @@ impl<'a> Collection<'a> {
     /// By far the longest part; others may change the store meanwhile, as pushes do.
     fn first_look(&self) -> Result<(Catalog, Plan)> {
         self.progress.phase("mark", 0);
-        let resting = Resting::new(self.store, self.progress);
+        let resting = Paced::with_breaks(self.store, self.progress);
         let store: &dyn Store = if self.tables.is_patient { &resting } else { self.store };
         let catalog = judged(scan_strictly(store, &self.tables, self.links.as_ref())?, &self.options);
         self.progress.phase("plan", 0);
