@@ -54,6 +54,9 @@ enum Command {
     Umount {
         /// Where it is mounted
         mountpoint: PathBuf,
+        /// Take its name away although somebody is inside; the daemon then serves them until the last one leaves
+        #[arg(long, short)]
+        lazy: bool,
     },
     /// Collect garbage into the trash, or say what there is
     Gc(gc::GcArgs),
@@ -61,7 +64,7 @@ enum Command {
     Trash(trash::TrashArgs),
     /// Say what keeps a blob or a manifest, or since when it is garbage
     Why(why::WhyArgs),
-    /// Let go of a mount whose daemon was killed and can't end
+    /// Let go of a mount whose daemon was killed and can't end, and of opens that it does not answer
     #[command(hide = true)]
     Guardian {
         /// The daemon
@@ -70,6 +73,8 @@ enum Command {
         device: String,
         /// Where it is mounted
         mountpoint: PathBuf,
+        /// Whose opens are held
+        guarded: Option<PathBuf>,
     },
     /// Make a small registry to try regfs on
     Sample {
@@ -124,12 +129,12 @@ pub fn main(args: impl IntoIterator<Item = OsString>, environment: Environment<'
     };
     let result = start_logging(&command).and_then(|()| match command {
         Command::Mount(mount) => mount::run(&mount, &args, environment),
-        Command::Umount { mountpoint } => mount::umount(&mountpoint),
+        Command::Umount { mountpoint, lazy } => mount::umount(&mountpoint, lazy),
         Command::Gc(gc) => gc::run(&gc, &args, environment),
         Command::Trash(trash) => trash::run(&trash, &args, environment),
         Command::Why(why) => why::run(&why, environment),
-        Command::Guardian { daemon, device, mountpoint } => {
-            crate::fuse::mount::guardian::run(daemon, &device, &mountpoint).map(|()| Outcome::Done)
+        Command::Guardian { daemon, device, mountpoint, guarded } => {
+            crate::fuse::mount::guardian::run(daemon, &device, &mountpoint, guarded).map(|()| Outcome::Done)
         }
         Command::Sample { directory } => sample::run(&directory),
     });

@@ -17,6 +17,7 @@ mod guarding;
 mod journal;
 mod remove;
 mod retag;
+mod retired;
 pub mod schedule;
 mod status;
 
@@ -87,6 +88,8 @@ pub struct Engine {
     /// What pushes are about to name.
     named: Named,
     guarded: Mutex<Option<Guarded>>,
+    /// The mount has lost its place.
+    is_retired: AtomicBool,
     /// What registries are to forget, and who tells them, before that has begun.
     forgetting: Sender<Forget>,
     forgotten: Mutex<Option<Receiver<Forget>>>,
@@ -201,6 +204,7 @@ impl Engine {
             registries: Known::default(),
             named: Named::default(),
             guarded: Mutex::default(),
+            is_retired: AtomicBool::new(false),
             forgetting,
             forgotten: Mutex::new(Some(forgotten)),
             listener: Mutex::default(),
@@ -450,6 +454,11 @@ impl Engine {
                     return Err(Error::Busy { why });
                 }
                 self.run.watched.begin();
+                // After the beginning: who retires later stops what has begun.
+                if self.is_retired() && !options.dry_run {
+                    self.run.is_running.store(false, Ordering::SeqCst);
+                    return Err(self.sweeps_no_more());
+                }
                 let (engine, author) = (self.clone(), author.clone());
                 // On a thread of its own, whose priority nothing else has.
                 let run = move || {

@@ -1,5 +1,5 @@
 //! Calls of Linux that no crate of ours wraps: events of a whole filesystem with names and opens that wait for an answer
-//! (fanotify), and directories by their handles.
+//! (fanotify), directories by their handles, and a timer that kills.
 //!
 //! The only module with `unsafe` code.
 #![allow(unsafe_code, reason = "see above; each block says why it is sound")]
@@ -7,6 +7,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 /// Longest handle of a directory, with the eight bytes in front of it (`MAX_HANDLE_SZ`).
 const LONGEST_HANDLE: usize = 8 + libc::MAX_HANDLE_SZ as usize;
@@ -98,5 +99,45 @@ pub(crate) fn open_by_handle(filesystem: BorrowedFd<'_>, handle: &[u8]) -> io::R
         // SAFETY: the call gave a new descriptor that nobody else has.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A timer that kills this process unless it is set again in time (timer_create(2)). The kernel does so by itself, so
+/// also a process that is stopped or in a debugger ends.
+pub(crate) struct DeathTimer(libc::timer_t);
+
+impl DeathTimer {
+    /// One that is not set yet.
+    pub(crate) fn new() -> io::Result<DeathTimer> {
+        // SAFETY: a structure of numbers and a pointer that nobody reads, for which zero is a valid value.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_SIGNAL;
+        event.sigev_signo = libc::SIGKILL;
+        let mut timer: libc::timer_t = std::ptr::null_mut();
+        // SAFETY: both pointers lead to values that outlive the call.
+        match unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } {
+            0 => Ok(DeathTimer(timer)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// This process has so long to live, whatever it was before.
+    pub(crate) fn set(&self, time: Duration) -> io::Result<()> {
+        // SAFETY: a structure of numbers, for which zero is a valid value; 0 as the interval means once.
+        let mut setting: libc::itimerspec = unsafe { std::mem::zeroed() };
+        setting.it_value.tv_sec = time.as_secs().try_into().unwrap_or(libc::time_t::MAX);
+        setting.it_value.tv_nsec = time.subsec_nanos().into();
+        // SAFETY: the timer is ours, the new setting outlives the call, and the old one is not asked for.
+        match unsafe { libc::timer_settime(self.0, 0, &raw const setting, std::ptr::null_mut()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for DeathTimer {
+    fn drop(&mut self) {
+        // SAFETY: the timer is ours, and nobody uses it after this.
+        unsafe { libc::timer_delete(self.0) };
     }
 }

@@ -9,6 +9,7 @@
 //! 2. What can't be told apart ([`Changes::everything`]) means looking at all of it: lost events, something moved in.
 //! 3. Of a filesystem nothing is remembered about places: a directory is asked for its path when its event is read.
 
+pub mod held;
 pub mod opens;
 mod tree;
 

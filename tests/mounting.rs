@@ -198,7 +198,9 @@ fn a_busy_umount_names_who_is_inside() {
     let sleeper = format!("sleep (process {}) is in {point}/images\n", inside.id());
     let ourselves = format!("(process {}) has {point}/README open\n", std::process::id());
     assert!(refused.stderr.contains(&sleeper) && refused.stderr.contains(&ourselves), "{refused}");
-    assert!(refused.stderr.contains(&format!("umount -l {point}")), "{refused}");
+    let advice = format!("regfs umount --lazy {point}");
+    assert!(refused.stderr.contains(&advice), "{refused}");
+    assert!(is_mounted(mount.point()));
     drop(open);
     mount.unmount();
 }

@@ -21,7 +21,7 @@ use super::{Environment, Outcome, duration, store_argument};
 use crate::engine::schedule::{self, Schedule, Window};
 use crate::engine::{Engine, forgetting};
 use crate::error::{Error, Result};
-use crate::fuse::mount::{self, MountOptions};
+use crate::fuse::mount::{self, Left, MountOptions};
 use crate::printable::Printable;
 use crate::store::Store;
 use crate::store::disk::Disk;
@@ -137,12 +137,16 @@ pub(super) fn run(
     }
 }
 
-pub(super) fn umount(mountpoint: &Path) -> Result<Outcome> {
+pub(super) fn umount(mountpoint: &Path, lazy: bool) -> Result<Outcome> {
     let mountpoint = mount::absolute(mountpoint)?;
     // So that we are not the one who is inside.
     std::env::set_current_dir("/").map_err(|e| Error::io("go to", Path::new("/"), e))?;
-    mount::umount(&mountpoint)?;
-    Ok(Outcome::Done)
+    let Left(left) = mount::umount(&mountpoint, lazy)?;
+    if left.is_empty() {
+        return Ok(Outcome::Done);
+    }
+    eprintln!("regfs: {left}");
+    Ok(if lazy { Outcome::Done } else { Outcome::Unfinished })
 }
 
 /// Starts ourselves again as a daemon and waits until the mount answers.
@@ -223,9 +227,7 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     let (allow_other, replace) = (args.allow_other, args.replace);
     let options = MountOptions { source, mountpoint, read_only, allow_other, replace };
     let mounted = mount::mount(engine.clone(), &options)?;
-    if let Some((opens, directory)) = guard {
-        engine.guard(opens, &directory)?;
-    }
+    mounted.keep_guardian(&engine, guard.as_deref())?;
     log::info!("mounted {} on {}", storage_root.printable(), options.mountpoint.printable());
     if args.daemon {
         detach(log_file)?;
@@ -275,10 +277,11 @@ fn refuse_within(directory: &Path, mountpoint: &Path) -> Result<()> {
     }
 }
 
-/// What is opened through `directory`, by its full name. A registry that works there already waits until the mount stands.
-fn guard(directory: &Path, storage_root: &Path) -> Result<(Opens, PathBuf)> {
+/// Makes sure that what is opened through `directory` can be held; its full name.
+fn guard(directory: &Path, storage_root: &Path) -> Result<PathBuf> {
     let directory = std::path::absolute(directory).map_err(|e| Error::io("find", directory, e))?;
-    Ok((Opens::through(&directory, storage_root)?, directory))
+    Opens::through(&directory, storage_root)?;
+    Ok(directory)
 }
 
 /// A mount inside its own storage would wait for itself.

@@ -35,7 +35,7 @@ pub(super) enum Forget {
 impl Engine {
     /// Makes registries forget links that came without bytes: whoever is told "exists" would push an image without them.
     pub(super) fn forget_dangling(&self, changes: &Changes) {
-        if self.settings.read_only {
+        if self.settings.read_only || self.is_retired() {
             return;
         }
         for (repository, digest) in &changes.links {

@@ -7,25 +7,20 @@
 //! # Rules kept here
 //! 1. Nothing is waited for while a registry is held: not the lock of the store, whose holder may be asking that very
 //!    registry, nor the network.
-//! 2. Whatever fails, the registry goes on.
+//! 2. Whatever fails, the registry goes on; also when we don't answer at all ([`crate::watch::held`]).
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
-use super::fresh::STILL_NEEDED;
 use super::{Engine, locked};
 use crate::catalog::{Catalog, Revision};
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gc::named::{self, Needs};
 use crate::layout;
 use crate::printable::Printable;
 use crate::store::read_link;
 use crate::trash::Author;
 use crate::watch::Changes;
-use crate::watch::opens::{Open, Opens};
 
 /// What the guard has done, for `control/status`.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -34,33 +29,63 @@ pub(super) struct Guarded {
     pub(super) directory: String,
     /// Files that were opened there.
     opens: u64,
-    /// Those that were links of manifests.
+    /// Those that were links of manifests, and were looked at.
     manifests: u64,
-    /// Files that came back from the trash before the open went on.
+    /// Files that came back from the trash for them.
     restored: usize,
+    /// Opens of manifests that went on before they were looked at, because regfs was stopped or did not answer.
+    missed: u64,
+    /// So many times nobody looked for a moment, because the guardian had to be started again.
+    gaps: u64,
 }
 
 impl Engine {
-    /// Holds what is opened through `opens` until it is whole; `directory` is where that is.
-    pub fn guard(self: &Arc<Engine>, opens: Opens, directory: &Path) -> Result<()> {
+    /// What is opened in `directory` will be asked about.
+    pub fn guards(&self, directory: &Path) {
         let guarded = Guarded { directory: directory.to_string_lossy().into_owned(), ..Guarded::default() };
         *locked(&self.guarded) = Some(guarded);
-        let engine = Arc::downgrade(self);
-        let spawned =
-            std::thread::Builder::new().name("guard".into()).spawn(move || guarding(&engine, &opens));
-        spawned.map(drop).map_err(|e| Error::io("guard", directory, e))
     }
 
-    fn let_through(&self, open: Open<'_>) {
-        let revision = open.path().and_then(|path| layout::opened_revision(&path));
+    /// Makes whole what the link of a manifest leads to, which process `pid` opens; `path` is below the registry directory.
+    pub fn let_through(&self, path: &Path, pid: u32) {
+        let revision = layout::opened_revision(path);
         let restored = revision.as_ref().map(|(repository, digest)| {
-            self.report_restored(repository, digest, self.make_whole(repository, digest, open.pid))
+            self.report_restored(repository, digest, self.make_whole(repository, digest, pid))
         });
         if let Some(guarded) = locked(&self.guarded).as_mut() {
-            guarded.opens += 1;
             guarded.manifests += u64::from(restored.is_some());
             guarded.restored += restored.unwrap_or(0);
         }
+    }
+
+    /// So many more files were opened, of which so many went on without being looked at.
+    pub fn count_opens(&self, opens: u64, missed: u64) {
+        if let Some(guarded) = locked(&self.guarded).as_mut() {
+            guarded.opens += opens;
+            guarded.missed += missed;
+        }
+    }
+
+    /// Says that so many opens of manifests went on without being looked at.
+    pub fn say_missed(&self, missed: u64) {
+        if missed > 0 {
+            let opens = if missed == 1 {
+                "1 open of a manifest".to_string()
+            } else {
+                format!("{missed} opens of manifests")
+            };
+            self.failed(&format!(
+                "regfs did not answer in time: {opens} in the guarded directory went on before it had looked; it looks now"
+            ));
+        }
+    }
+
+    /// For a moment nobody was held.
+    pub fn count_gap(&self, why: &str) {
+        if let Some(guarded) = locked(&self.guarded).as_mut() {
+            guarded.gaps += 1;
+        }
+        self.failed(why);
     }
 
     /// Gives back what is needed by manifests and layer links that came since the last snapshot: at once, whoever has the
@@ -117,24 +142,5 @@ impl Engine {
     fn may_fetch_links(&self) -> bool {
         // With the lock, nobody sweeps.
         self.run.tells_nobody() || self.store.lock("regfs mount", std::time::Duration::ZERO).is_ok()
-    }
-}
-
-/// Answers opens as long as there is an engine.
-fn guarding(engine: &Weak<Engine>, opens: &Opens) {
-    let timeout = Timespec { tv_sec: 0, tv_nsec: STILL_NEEDED.subsec_nanos().into() };
-    loop {
-        let events = opens.events();
-        let ready = poll(&mut [PollFd::new(&events, PollFlags::IN)], Some(&timeout));
-        let Some(engine) = engine.upgrade() else { return };
-        match ready {
-            Ok(0) | Err(rustix::io::Errno::INTR) => continue,
-            Ok(_) => {}
-            Err(e) => return engine.failed(&format!("the guard ends: {e}")),
-        }
-        match opens.waiting() {
-            Ok(waiting) => waiting.into_iter().for_each(|open| engine.let_through(open)),
-            Err(e) => return engine.failed(&format!("the guard ends: {e}")),
-        }
     }
 }

@@ -83,7 +83,7 @@ pub fn run(engine: &Weak<Engine>, schedule: Option<Schedule>) {
     loop {
         let Some(engine) = engine.upgrade() else { return };
         engine.look_by_itself();
-        if let Some(Schedule { every, window }) = schedule {
+        if let Some(Schedule { every, window }) = schedule.filter(|_| !engine.is_retired()) {
             let is_open = window.is_none_or(|window| window.is_open());
             let is_running = engine.run.is_running.load(Ordering::SeqCst);
             if is_ours && is_running && !is_open {

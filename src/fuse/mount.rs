@@ -6,24 +6,27 @@
 
 mod attach;
 pub mod guardian;
+mod place;
 mod table;
+mod umount;
 mod users;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use fuser::{Config, MountOption, Session, SessionACL};
-use rustix::mount::UnmountFlags;
 use sd_notify::NotifyState;
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::iterator::Signals;
 
+use self::guardian::Charge;
+use self::place::Identity;
 pub use self::table::absolute;
 use self::table::{is_mounted, topmost};
+use self::umount::unmount_lazily;
+pub use self::umount::{Left, umount};
 use super::cache::Forgetting;
 use super::filesystem::RegistryFilesystem;
 use crate::engine::Engine;
@@ -31,8 +34,6 @@ use crate::error::{Error, Result};
 use crate::printable::Printable;
 
 const THREADS: usize = 4;
-/// How long `umount` waits for the daemon to end.
-const DAEMON_ENDS: Duration = Duration::from_secs(10);
 /// Where fusermount3 is told what users may do.
 const FUSE_CONF: &str = "/etc/fuse.conf";
 
@@ -56,8 +57,7 @@ pub struct Mounted {
     session: JoinHandle<std::io::Result<()>>,
     signals: Signals,
     mountpoint: PathBuf,
-    /// What tells this mount from others on the same directory: `major:minor`.
-    device: String,
+    identity: Identity,
 }
 
 /// Mounts, and serves on threads of its own; returns when the mount answers.
@@ -75,24 +75,43 @@ pub fn mount(engine: Arc<Engine>, options: &MountOptions) -> Result<Mounted> {
     let serve = move || session.run();
     let session = std::thread::Builder::new().name("session".into()).spawn(serve);
     let session = session.map_err(|e| Error::io("serve", mountpoint, e))?;
-    let look = |e: rustix::io::Errno| Error::io("look at the mount", mountpoint, e);
-    let attributes = match &root {
-        Some(root) => rustix::fs::fstat(root).map_err(look)?,
-        None => rustix::fs::stat(mountpoint).map_err(look)?,
+    let identity = match &root {
+        Some(root) => Identity::of(root.as_fd(), Path::new("")),
+        None => Identity::of(rustix::fs::CWD, mountpoint),
     };
+    let identity = identity.map_err(|e| Error::io("look at the mount", mountpoint, e))?;
     match &root {
         Some(root) if replaces => attach::replace(root, mountpoint)?,
         Some(root) => attach::attach(root, mountpoint)?,
         None => {}
     }
-    let (major, minor) = (rustix::fs::major(attributes.st_dev), rustix::fs::minor(attributes.st_dev));
-    Ok(Mounted { session, signals, mountpoint: mountpoint.clone(), device: format!("{major}:{minor}") })
+    place::watch(engine, identity.clone(), mountpoint)?;
+    Ok(Mounted { session, signals, mountpoint: mountpoint.clone(), identity })
 }
 
 impl Mounted {
+    /// Keeps a guardian beside this process, which holds what is opened in `guarded`, too; returns when it does.
+    pub fn keep_guardian(&self, engine: &Arc<Engine>, guarded: Option<&Path>) -> Result<()> {
+        let charge = Charge {
+            mountpoint: self.mountpoint.clone(),
+            device: self.identity.device.clone(),
+            guarded: guarded.map(Path::to_path_buf),
+        };
+        if let Some(directory) = guarded {
+            engine.guards(directory);
+        }
+        let kept = guardian::keep(engine.clone(), charge);
+        if kept.is_err()
+            && let Err(e) = unmount_lazily(&self.mountpoint)
+        {
+            log::error!("{e}");
+        }
+        kept
+    }
+
     /// Unmounts when the process is told to end, and returns when the last user is gone.
     pub fn serve(self, engine: &Engine) -> Result<()> {
-        let (mountpoint, device) = (self.mountpoint.clone(), self.device.clone());
+        let (mountpoint, device) = (self.mountpoint.clone(), self.identity.device);
         let mut signals = self.signals;
         let handle = signals.handle();
         let watch = std::thread::Builder::new().name("signals".into()).spawn(move || {
@@ -114,10 +133,6 @@ impl Mounted {
             }
         });
         let watch = watch.map_err(|e| Error::io("start a thread for", &self.mountpoint, e))?;
-        // Without it a daemon that is killed may leave clients that wait for ever; with luck it is never killed.
-        if let Err(e) = guardian::start(&self.mountpoint, &self.device) {
-            log::warn!("{e}");
-        }
         service_manager(NotifyState::Ready);
         let ended = self.session.join();
         engine.end();
@@ -226,79 +241,6 @@ fn mount_through_helper(
 fn others_may_be_allowed(fuse_conf: &Path) -> bool {
     let text = std::fs::read_to_string(fuse_conf).unwrap_or_default();
     text.lines().any(|line| line.trim() == "user_allow_other")
-}
-
-/// Takes the name of a mount away at once; who is inside may stay until they leave.
-fn unmount_lazily(mountpoint: &Path) -> Result<()> {
-    match rustix::process::geteuid().is_root() {
-        true => rustix::mount::unmount(mountpoint, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-            .map_err(|e| Error::io("unmount", mountpoint, e)),
-        false => fusermount(mountpoint, &["-u", "-z"]),
-    }
-}
-
-fn fusermount(mountpoint: &Path, flags: &[&str]) -> Result<()> {
-    let output =
-        Command::new("fusermount3").env("LC_ALL", "C").args(flags).arg("--").arg(mountpoint).output();
-    let output =
-        output.map_err(|e| Error::io("run fusermount3 (from the package fuse3) for", mountpoint, e))?;
-    match output.status.success() {
-        true => Ok(()),
-        false => {
-            let said = String::from_utf8_lossy(&output.stderr).trim().to_string();
-            // It has one exit code for all that can go wrong.
-            let is_busy = said.ends_with(": Device or resource busy");
-            let error = match is_busy {
-                true => std::io::Error::from_raw_os_error(libc::EBUSY),
-                false => std::io::Error::other(said),
-            };
-            Err(Error::io("unmount", mountpoint, error))
-        }
-    }
-}
-
-/// Unmounts a regfs and waits for its daemon to end.
-pub fn umount(mountpoint: &Path) -> Result<()> {
-    if !is_mounted(mountpoint)? {
-        return Err(Error::invalid(format!("no regfs is mounted on {}", mountpoint.printable())));
-    }
-    let daemon = daemon_of(mountpoint);
-    let unmounted = match rustix::process::geteuid().is_root() {
-        true => rustix::mount::unmount(mountpoint, UnmountFlags::NOFOLLOW)
-            .map_err(|e| Error::io("unmount", mountpoint, e)),
-        false => fusermount(mountpoint, &["-u"]),
-    };
-    unmounted.map_err(|e| match e.errno() {
-        libc::EBUSY => Error::Busy { why: in_use(mountpoint) },
-        _ => e,
-    })?;
-    let deadline = Instant::now() + DAEMON_ENDS;
-    while daemon.is_some_and(is_alive) && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
-
-/// Says who keeps a mount from being unmounted, and what to do.
-fn in_use(mountpoint: &Path) -> String {
-    let users: String = users::users(mountpoint).iter().map(|user| format!("  {user}\n")).collect();
-    let place = mountpoint.printable();
-    format!(
-        "{place} is in use:\n{users}leave it (cd) and close its files, then try again; or take only its name away: umount -l {place}"
-    )
-}
-
-/// Whether a process exists and is no zombie.
-fn is_alive(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
-    stat.is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").trim_start().starts_with('Z'))
-}
-
-/// The process that serves a mount; `None` when it doesn't answer, which is no obstacle to unmounting.
-fn daemon_of(mountpoint: &Path) -> Option<u32> {
-    let status = std::fs::read(mountpoint.join("control/status")).ok()?;
-    let status: serde_json::Value = serde_json::from_slice(&status).ok()?;
-    status.get("pid")?.as_u64()?.try_into().ok()
 }
 
 /// Tells systemd where we are (sd_notify(3)), if that started us.

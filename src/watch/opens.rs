@@ -5,7 +5,8 @@
 //!
 //! # Rules kept here
 //! 1. An [`Open`] that is dropped is let go on, so no error holds a registry.
-//! 2. When the process ends, however, the kernel lets all of them go on.
+//! 2. When the process ends, the kernel lets all of them go on. A process that is only stopped holds them, so who reads
+//!    them sees to it that it ends then ([`super::held`]).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -45,17 +46,23 @@ impl Opens {
     /// Those through `directory`: a bind mount of the storage root `storage`, which is made if it is not there yet, and
     /// which stays. For root only.
     pub fn through(directory: &Path, storage: &Path) -> Result<Opens> {
-        let failed = |e: io::Error| Error::io("guard what is opened through", directory, e);
-        let directory = directory.canonicalize().map_err(|e| match e.kind() {
+        let canonical = directory.canonicalize().map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => Error::invalid(format!(
                 "{} does not exist; make that directory, for the registry to work in",
                 directory.printable()
             )),
-            _ => failed(e),
+            _ => failed(directory, e),
         })?;
-        if !is_mount_of(&directory, storage)? {
-            bind(&directory, storage)?;
+        if !is_mount_of(&canonical, storage)? {
+            bind(&canonical, storage)?;
         }
+        Opens::through_mount(&canonical)
+    }
+
+    /// Those through the mount that `directory` is the root of.
+    pub(crate) fn through_mount(directory: &Path) -> Result<Opens> {
+        let failed = |e: io::Error| failed(directory, e);
+        let directory = directory.canonicalize().map_err(failed)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = openat(CWD, &directory, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
         let events = sys::mount_opens(root.as_fd()).map_err(failed)?;
@@ -101,10 +108,16 @@ impl Drop for Open<'_> {
         let mut answer = [0; 8];
         answer[..4].copy_from_slice(&self.file.as_raw_fd().to_ne_bytes());
         answer[4..].copy_from_slice(&ALLOW.to_ne_bytes());
-        if let Err(e) = rustix::io::write(&self.opens.events, &answer) {
-            log::warn!("could not let process {} open a file: {e}", self.pid);
+        match rustix::io::write(&self.opens.events, &answer) {
+            // It was killed meanwhile, and waits no more.
+            Ok(_) | Err(Errno::NOENT) => {}
+            Err(e) => log::warn!("could not let process {} open a file: {e}", self.pid),
         }
     }
+}
+
+fn failed(directory: &Path, e: io::Error) -> Error {
+    Error::io("guard what is opened through", directory, e)
 }
 
 /// Whether `directory` is the storage, on a mount of its own.

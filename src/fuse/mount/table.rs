@@ -1,4 +1,4 @@
-//! What is mounted where: `/proc/self/mountinfo` (proc(5))
+//! What is mounted where: `/proc/<pid>/mountinfo` (proc(5))
 
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -9,20 +9,31 @@ use crate::error::{Error, Result};
 /// The type of our mounts.
 const FILESYSTEM_TYPE: &str = "fuse.regfs";
 
+/// What is mounted in our mount namespace.
+pub(super) const OURS: &str = "/proc/self/mountinfo";
+
 /// A mount.
 pub(super) struct MountEntry {
+    /// Tells it from all others in its mount namespace.
+    pub(super) id: u64,
     /// `major:minor`, which tells it from others on the same directory.
     pub(super) device: String,
     /// Where it is mounted.
     pub(super) place: PathBuf,
     /// Whether a regfs serves it, alive or dead.
     pub(super) is_regfs: bool,
+    /// Who mounted it, if it is one of FUSE.
+    pub(super) user: Option<u32>,
 }
 
 /// All mounts, the later ones on top.
 pub(super) fn mounts() -> Result<Vec<MountEntry>> {
-    let table = Path::new("/proc/self/mountinfo");
-    let text = std::fs::read(table).map_err(|e| Error::io("read", table, e))?;
+    mounts_in(Path::new(OURS))
+}
+
+/// Those in the mount namespace of a process, whose table is `mountinfo`.
+pub(super) fn mounts_in(mountinfo: &Path) -> Result<Vec<MountEntry>> {
+    let text = std::fs::read(mountinfo).map_err(|e| Error::io("read", mountinfo, e))?;
     Ok(text.split(|b| *b == b'\n').filter_map(parse).collect())
 }
 
@@ -39,10 +50,15 @@ pub(super) fn is_mounted(mountpoint: &Path) -> Result<bool> {
 fn parse(line: &[u8]) -> Option<MountEntry> {
     let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
     let dash = fields.iter().position(|field| *field == b"-")?;
+    let number = |digits: &[u8]| std::str::from_utf8(digits).ok()?.parse::<u64>().ok();
+    let options = fields.get(dash + 3).copied().unwrap_or_default();
+    let user = options.split(|b| *b == b',').find_map(|option| option.strip_prefix(b"user_id="));
     Some(MountEntry {
+        id: number(fields.first()?)?,
         device: String::from_utf8_lossy(fields.get(2)?).into_owned(),
         place: unescape(fields.get(4)?),
         is_regfs: *fields.get(dash + 1)? == FILESYSTEM_TYPE.as_bytes(),
+        user: user.and_then(number).and_then(|user| user.try_into().ok()),
     })
 }
 
@@ -98,9 +114,12 @@ mod tests {
 
     #[test]
     fn a_line_has_optional_fields() {
-        let line = b"36 35 0:52 / /mnt/a\\040b rw,noatime shared:7 master:1 - fuse.regfs /srv/registry rw";
+        let line = b"36 35 0:52 / /mnt/a\\040b rw,noatime shared:7 master:1 - fuse.regfs /srv/registry rw,user_id=0,group_id=0";
         let mount = parse(line).expect("a mount");
-        assert_eq!((mount.device.as_str(), mount.is_regfs), ("0:52", true));
+        assert_eq!(
+            (mount.id, mount.device.as_str(), mount.is_regfs, mount.user),
+            (36, "0:52", true, Some(0))
+        );
         assert_eq!(mount.place, Path::new("/mnt/a b"));
         assert!(parse(b"").is_none());
     }
