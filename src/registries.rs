@@ -7,6 +7,7 @@
 //! 3. A URL counts only if the registry there is shown to write into this very storage ([`http`]): one that serves another
 //!    would say of everything that it does not have it.
 
+mod answering;
 pub mod http;
 mod judge;
 mod processes;
@@ -21,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::gc::guard::gate::{All, Gate, Looks, Probe, Registries, Said, Witness};
 use crate::printable::Printable;
 use crate::registry_config::{self, RedisConfig, StoreArgument};
-use http::{Client, Credentials};
+use http::{Access, Client, Place, Seen};
 use judge::{Evidence, Verdict, judge};
 use processes::{Facts, Process};
 use redis::Redis;
@@ -34,21 +35,21 @@ pub struct Known {
     root: Option<PathBuf>,
     /// The config.yml that names it; read again each time, for it may change while we run.
     config: Option<PathBuf>,
-    urls: Vec<String>,
-    credentials: Credentials,
+    named: Vec<Place>,
+    access: Access,
     /// The redis that was named, with its password.
     redis: Option<RedisConfig>,
 }
 
 impl Known {
-    /// What `argument` says, with further `urls` of registries.
-    pub fn new(argument: &StoreArgument, urls: &[String], credentials: Credentials) -> Known {
+    /// What `argument` says, with further `urls` of registries, and who we are to those.
+    pub fn new(argument: &StoreArgument, urls: &[String], access: Access) -> Known {
         Known {
             // A daemon leaves its working directory.
             root: Some(absolute(&argument.storage_root)),
             config: argument.from_config.as_deref().map(absolute),
-            urls: urls.to_vec(),
-            credentials,
+            named: Place::distinct(urls.iter().map(|url| Place::new(url, true)).collect()),
+            access,
             redis: None,
         }
     }
@@ -68,7 +69,7 @@ impl Known {
             Verdict::Stopped => self.stopped(&seen, said, Witness::default())?,
             Verdict::Off => Gate::Off,
             Verdict::Stop(why) => Gate::Stop { why },
-            Verdict::Ask(whom) => match self.ask(whom) {
+            Verdict::Ask(whom) => match self.ask(whom, &seen) {
                 Ok(all) => Gate::Probe(Probe(Arc::new(all))),
                 Err(why) => Gate::Stop { why },
             },
@@ -103,7 +104,7 @@ impl Known {
 
     fn evidence(&self, running: Vec<Process>) -> Evidence {
         let facts = self.facts(&running);
-        Evidence { running, facts, urls: self.urls.clone(), redis: self.redis.clone() }
+        Evidence { running, facts, named: self.named.clone(), redis: self.redis.clone() }
     }
 
     fn running(&self) -> Result<Vec<Process>> {
@@ -121,7 +122,7 @@ impl Known {
     fn facts(&self, running: &[Process]) -> Vec<Facts> {
         let of_config = |path: &PathBuf| match registry_config::resolve(path, &std::env::vars_os().collect())
         {
-            Ok(config) if self.is_ours(&config) => Facts::of(&config),
+            Ok(config) if self.is_ours(&config) => Facts::of(&config, true),
             Ok(config) => {
                 let (path, root) = (path.printable(), config.storage_root.printable());
                 log::warn!("{path} names another storage by now ({root}), so it says nothing of this one");
@@ -135,10 +136,20 @@ impl Known {
         running.iter().map(Process::facts).chain(self.config.as_ref().map(of_config)).collect()
     }
 
-    /// The registries that answer at `urls`, if they can be asked; why not, otherwise.
-    fn client(&self, urls: &[String]) -> std::result::Result<Client, String> {
-        let client = Client::new(urls, self.credentials.clone());
-        let next = match self.urls.is_empty() {
+    /// The registries that answer at `places`, if they can be asked; why not, otherwise.
+    fn client(
+        &self,
+        places: &[Place],
+        access: &Access,
+        seen: &Evidence,
+    ) -> std::result::Result<Client, String> {
+        let process = |process: &Process| Seen {
+            pid: process.pid(),
+            what: format!("{process} {}", process.relation()),
+        };
+        let by_themselves = seen.running.iter().filter(|process| process.facts().outlives.is_none());
+        let client = Client::new(places, access, by_themselves.map(process).collect());
+        let next = match self.named.is_empty() {
             true => "give the registry's URL with --registry, or stop it and say registry-stopped",
             false => "mend that, or stop the registry and say registry-stopped",
         };
@@ -147,18 +158,29 @@ impl Known {
     }
 
     /// All of them, if they can be asked; why not, otherwise.
-    fn ask(&self, whom: Whom) -> std::result::Result<All, String> {
+    fn ask(&self, whom: Whom, seen: &Evidence) -> std::result::Result<All, String> {
+        let access = self.access();
         let mut all: Vec<Arc<dyn Registries>> = Vec::new();
-        if !whom.urls.is_empty() {
-            all.push(Arc::new(self.client(&whom.urls)?));
+        if !whom.places.is_empty() {
+            all.push(Arc::new(self.client(&whom.places, &access, seen)?));
         }
-        for Memory { redis, urls } in whom.memories {
-            let asked = urls.into_iter().map(|url| Client::new(&[url], self.credentials.clone())).collect();
+        for Memory { redis, places } in whom.memories {
+            // Whoever remembers there need not be told, for the redis is.
+            let asked = places.into_iter().map(|place| Client::new(&[place], &access, Vec::new())).collect();
             let redis =
                 Redis::open(&redis, asked, false).map_err(|why| format!("{why}; {NEXT_FOR_REDIS}"))?;
             all.push(Arc::new(redis));
         }
         Ok(All(all))
+    }
+
+    /// Who we are, to token services as well that the config.yml names.
+    fn access(&self) -> Access {
+        let mut access = self.access.clone();
+        let resolve = |path: &PathBuf| registry_config::resolve(path, &std::env::vars_os().collect());
+        // One that can't be read names no service; that it can't be was said where its facts were wanted.
+        access.realms.extend(self.config.as_ref().and_then(|path| resolve(path).ok()?.token_realm));
+        access
     }
 
     /// The registries that are to forget what is removed; `None` where none remembers.
@@ -167,9 +189,9 @@ impl Known {
     /// Why one that may remember can't be told.
     pub fn rememberers(&self) -> std::result::Result<Option<All>, String> {
         let seen = self.look().map_err(|e| e.to_string())?;
-        let is_named = !seen.urls.is_empty() || seen.redis.is_some();
+        let is_named = !seen.named.is_empty() || seen.redis.is_some();
         let may_remember = is_named || seen.facts.iter().any(|facts| facts.remembers);
-        may_remember.then(|| self.ask(whom::whom(&seen)?)).transpose()
+        may_remember.then(|| self.ask(whom::whom(&seen)?, &seen)).transpose()
     }
 }
 

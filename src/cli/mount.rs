@@ -102,6 +102,7 @@ impl MountArgs {
                 MountWord::Registry(url) => self.registry.registry.push(url),
                 MountWord::Redis(redis) => self.registry.redis.redis = Some(redis),
                 MountWord::RegistryAuth(file) => self.registry.registry_auth = Some(file),
+                MountWord::RegistryCa(file) => self.registry.registry_ca = Some(file),
                 MountWord::SweepEvery(every) => self.sweep_every = Some(every),
                 MountWord::SweepWindow(window) => self.sweep_window = Some(window),
                 MountWord::Guard(directory) => self.guard = Some(directory),

@@ -40,6 +40,8 @@ pub(super) enum MountWord {
     Redis(RedisConfig),
     /// `registry_auth=FILE`
     RegistryAuth(PathBuf),
+    /// `registry_ca=FILE`
+    RegistryCa(PathBuf),
     /// `sweep_every=TIME`
     SweepEvery(Duration),
     /// `sweep_window=HH:MM-HH:MM`
@@ -104,6 +106,7 @@ pub(super) fn word(text: &str) -> Result<MountWord, String> {
         ("registry", Some(at)) => url(at).map(MountWord::Registry),
         ("redis", Some(at)) => parse_url(at).map(MountWord::Redis),
         ("registry_auth", Some(file)) if !file.is_empty() => Ok(MountWord::RegistryAuth(file.into())),
+        ("registry_ca", Some(file)) if !file.is_empty() => Ok(MountWord::RegistryCa(file.into())),
         ("sweep_every", Some(time)) => interval(time).map(MountWord::SweepEvery),
         ("sweep_window", Some(window)) => Window::parse(window).map(MountWord::SweepWindow),
         ("guard", Some(directory)) if !directory.is_empty() => Ok(MountWord::Guard(directory.into())),
@@ -114,7 +117,7 @@ pub(super) fn word(text: &str) -> Result<MountWord, String> {
         (key, None) if GENERIC.contains(&key) => Ok(MountWord::Generic),
         _ => Err(
             "there are ro, rw, allow_other, replace, grace=AGE, drain=TIME, keep=AGE, rate=N, registry=URL, \
-             registry_auth=FILE, redis=URL, sweep_every=TIME, sweep_window=HH:MM-HH:MM, guard=DIRECTORY, log_file=FILE, and what mount(8) takes for any \
+             registry_auth=FILE, registry_ca=FILE, redis=URL, sweep_every=TIME, sweep_window=HH:MM-HH:MM, guard=DIRECTORY, log_file=FILE, and what mount(8) takes for any \
              filesystem"
                 .to_string(),
         ),

@@ -16,7 +16,7 @@ use crate::gc;
 use crate::gc::guard::gate::Said;
 use crate::printable::Safely;
 use crate::registries::Known;
-use crate::registries::http::Credentials;
+use crate::registries::http::Access;
 use crate::store::disk::Disk;
 use crate::trash::{self, Author, Selection};
 use crate::view::View;
@@ -102,7 +102,7 @@ pub(super) fn run(
                 // Nothing else passes clap but --all.
                 (None, None) => Selection::All,
             };
-            let known = Known::new(&argument, &[], Credentials::None);
+            let known = Known::new(&argument, &[], Access::default());
             let known = known.with_redis(redis.config(&argument, environment));
             let gate = known.gate(Said::of(*registry_stopped, *force, *cache_emptied))?;
             let purged = gc::purge_trash(&store, &Tables::default(), &author, &selection, &gate)?;

@@ -1,24 +1,38 @@
 //! A registry's HTTP API, as far as a collector needs it: does it have a blob, make it forget one, is it ours.
 //!
+//! # Rules kept here
+//! 1. Who we are is said only to a place that the administrator named ([`auth`]), and no redirect is followed.
+//! 2. A registry counts only if it is shown to write into this very storage ([`probe`]), and a process only if it is shown
+//!    to be the one that answers: two names may lead to one registry.
+//!
 //! Sources: OCI distribution-spec 1.1 (`end-3`, `end-4a`, `end-10`), distribution `docs/spec/auth/token`.
+
+mod auth;
+mod probe;
+mod traces;
+mod trust;
+mod wire;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use ureq::http::{Request, Response};
-use ureq::tls::{RootCerts, TlsConfig};
-use ureq::{Agent, Body};
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{Connector, TcpConnector};
+use ureq::{Agent, AsSendBody, Body, SendBody};
 
+use self::auth::Challenge;
+pub use self::auth::Credentials;
+pub use self::trust::Trust;
+use self::wire::{TlsConnector, UnixConnector};
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::Registries;
-use crate::layout;
 use crate::printable::Printable;
 use crate::store::Store;
 
@@ -26,73 +40,74 @@ use crate::store::Store;
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest answer of a token service.
 const TOKEN_LIMIT: u64 = 1 << 20;
+/// As much of an answer as says what is wrong.
+const WORDS_LIMIT: u64 = 4 << 10;
 
-/// Who we are to a registry.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub enum Credentials {
-    /// Nobody in particular.
-    #[default]
-    None,
-    /// A user with a password, for basic authentication and for token services.
-    Basic {
-        /// The name.
-        user: String,
-        /// The password.
-        password: String,
-    },
-    /// A token that is sent as it is.
-    Bearer(String),
+/// Where a registry answers, and who says so.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// `http://host:port/prefix`, `https://…`, or `unix:/path` of a socket.
+    pub url: String,
+    /// Whether the administrator said so: `--registry`, or the config.yml given as STORE. What a process says is nobody's word.
+    pub is_named: bool,
 }
 
-impl fmt::Debug for Credentials {
-    /// Says nothing that must not stand in a log.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Credentials::None => "none",
-            Credentials::Basic { .. } => "basic",
-            Credentials::Bearer(_) => "bearer",
-        })
+impl Place {
+    /// A place with its URL as others write it: the API is below `/v2/`, and many write that, too.
+    pub fn new(url: &str, is_named: bool) -> Place {
+        let url = url.trim_end_matches('/');
+        let url = url.strip_suffix("/v2").unwrap_or(url).trim_end_matches('/');
+        Place { url: url.to_string(), is_named }
+    }
+
+    /// Each place once; one that was named stays so.
+    pub(super) fn distinct(mut places: Vec<Place>) -> Vec<Place> {
+        places.sort_unstable_by(|a, b| (&a.url, b.is_named).cmp(&(&b.url, a.is_named)));
+        places.dedup_by(|a, b| a.url == b.url);
+        places
     }
 }
 
-impl Credentials {
-    /// Reads `user:password` or `Bearer <token>`, as a file or a variable has it.
-    pub fn parse(text: &str) -> std::result::Result<Credentials, String> {
-        let text = text.trim_end_matches(['\r', '\n']);
-        if let Some(token) = text.strip_prefix("Bearer ") {
-            return Ok(Credentials::Bearer(token.trim().to_string()));
-        }
-        match text.split_once(':') {
-            Some((user, password)) if !user.is_empty() && !text.contains('\n') => {
-                Ok(Credentials::Basic { user: user.to_string(), password: password.to_string() })
-            }
-            _ => Err("expected one line, user:password or Bearer <token>".to_string()),
-        }
-    }
+/// Who we are to registries, and whom we believe.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
+    /// Who we are.
+    pub credentials: Credentials,
+    /// Token services that may know, besides those on the host of a registry.
+    pub realms: Vec<String>,
+    /// Whose certificates are believed.
+    pub trust: Arc<Trust>,
+}
 
-    fn header(&self) -> Option<String> {
-        match self {
-            Credentials::None => None,
-            Credentials::Basic { user, password } => {
-                Some(format!("Basic {}", STANDARD.encode(format!("{user}:{password}"))))
-            }
-            Credentials::Bearer(token) => Some(format!("Bearer {token}")),
-        }
-    }
+/// A process that serves the storage, or may.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Its number.
+    pub pid: u32,
+    /// What it is, in words.
+    pub what: String,
 }
 
 /// Asks all registries of a store.
 pub struct Client {
-    urls: Vec<String>,
-    credentials: Credentials,
+    registries: Vec<Registry>,
+    seen: Vec<Seen>,
+}
+
+/// One that can be asked.
+struct Registry {
+    place: Place,
+    /// What every URL begins with.
+    base: String,
+    access: Access,
     agent: Agent,
-    /// Tokens by registry and scope.
-    tokens: Mutex<HashMap<(String, String), String>>,
+    /// What it wanted to see, for each scope.
+    authorizations: Mutex<HashMap<String, String>>,
 }
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.urls.join(", "))
+        f.write_str(&self.name())
     }
 }
 
@@ -104,220 +119,233 @@ struct Token {
 }
 
 impl Client {
-    /// A client of the registries at `urls`; asks nothing yet.
-    pub fn new(urls: &[String], credentials: Credentials) -> Client {
-        let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build();
-        let config = Agent::config_builder()
-            .timeout_global(Some(TIMEOUT))
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .tls_config(tls)
-            .user_agent(concat!("regfs/", env!("CARGO_PKG_VERSION")));
-        Client {
-            urls: urls
-                .iter()
-                .map(|url| url.trim_end_matches('/').trim_end_matches("/v2").to_string())
-                .collect(),
-            credentials,
-            agent: config.build().into(),
-            tokens: Mutex::default(),
-        }
+    /// A client of the registries at `places`, which all of those `seen` have to be among; asks nothing yet.
+    pub fn new(places: &[Place], access: &Access, seen: Vec<Seen>) -> Client {
+        let registries = places.iter().map(|place| Registry::new(place.clone(), access.clone())).collect();
+        Client { registries, seen }
     }
 
     /// Whether each of them answers at all.
     pub fn check(&self) -> Result<()> {
-        for url in &self.urls {
-            match self.call(url, "GET", "/v2/", "")?.0 {
-                // One that wants credentials for more than that says so when it is asked for more.
-                200 | 401 => {}
-                status => return Err(unexpected(url, "GET", status)),
+        self.registries.iter().try_for_each(Registry::check)
+    }
+}
+
+impl Registry {
+    fn new(place: Place, access: Access) -> Registry {
+        let config = Agent::config_builder()
+            .timeout_global(Some(TIMEOUT))
+            .http_status_as_error(false)
+            .max_redirects(0)
+            // One in between would see what is meant for a registry of this machine.
+            .proxy(None)
+            .user_agent(concat!("regfs/", env!("CARGO_PKG_VERSION")))
+            .build();
+        let tls = TlsConnector(access.trust.clone());
+        let resolver = DefaultResolver::default();
+        let (base, agent) = match place.url.strip_prefix("unix:") {
+            Some(path) => {
+                let connector = ().chain(UnixConnector(PathBuf::from(path))).chain(tls);
+                ("http://127.0.0.1".to_string(), Agent::with_parts(config, connector, resolver))
             }
-        }
-        Ok(())
+            None => {
+                let connector = ().chain(TcpConnector::default()).chain(tls);
+                (place.url.clone(), Agent::with_parts(config, connector, resolver))
+            }
+        };
+        Registry { place, base, access, agent, authorizations: Mutex::default() }
     }
 
-    /// Whether the registry at `url` lets us delete.
-    fn check_delete(&self, url: &str, repository: &Path) -> Result<()> {
+    fn url(&self) -> impl fmt::Display {
+        self.place.url.printable()
+    }
+
+    fn check(&self) -> Result<()> {
+        let (status, mut answer) = self.call("GET", "/v2/", "", SendBody::none())?;
+        let url = self.url();
+        match status {
+            // One that wants credentials for more than that says so when it is asked for more.
+            200 | 401 => Ok(()),
+            301..=399 => {
+                let to = header(&answer, "location").unwrap_or_default();
+                Err(Error::invalid(format!(
+                    "{url} sends us elsewhere ({status}, {}), and regfs does not follow; give the URL of the registry itself",
+                    to.printable()
+                )))
+            }
+            400 if words(&mut answer).contains("HTTPS") => {
+                Err(Error::invalid(format!("{url} speaks TLS; write https:// instead of http://")))
+            }
+            404 => Err(Error::invalid(format!(
+                "{url} answers, and has no registry API at {url}/v2/ (404); give the URL with the registry's http.prefix"
+            ))),
+            status => Err(self.unexpected("GET", status)),
+        }
+    }
+
+    /// Whether it lets us delete.
+    fn check_delete(&self, repository: &Path) -> Result<()> {
         // Of a blob that can't be: where deleting is not allowed, the answer is another one than "unknown".
         let nothing = Digest::from_bytes(Algorithm::Sha256, &[0; 32]);
-        let (status, _) =
-            self.call(url, "DELETE", &blob(repository, &nothing), &scope(repository, "delete"))?;
-        match status {
+        match self.blob("DELETE", repository, &nothing)? {
             404 | 202 => Ok(()),
             405 => Err(Error::invalid(format!(
-                "the registry at {url} does not delete; storage.delete.enabled: true in its config.yml makes it"
+                "the registry at {} does not delete; storage.delete.enabled: true in its config.yml makes it",
+                self.url()
             ))),
-            401 | 403 => Err(self.denied(url, status, "delete")),
-            _ => Err(unexpected(url, "DELETE", status)),
+            status @ (401 | 403) => Err(self.denied(status, "delete")),
+            status => Err(self.unexpected("DELETE", status)),
         }
     }
 
-    fn denied(&self, url: &str, status: u16, what: &str) -> Error {
-        let next = match self.credentials {
-            Credentials::None => "give --registry-auth FILE with user:password",
+    fn denied(&self, status: u16, what: &str) -> Error {
+        let url = self.url();
+        let next = match self.access.credentials {
+            Credentials::None => "give --registry-auth FILE with user:password".to_string(),
+            _ if !self.place.is_named => {
+                format!("a process says that it answers there, so it gets no credentials; name it with --registry {url}")
+            }
             _ => {
                 "the credentials that were given must be of a user who may pull, push and delete in all repositories"
+                    .to_string()
             }
         };
         Error::invalid(format!("the registry at {url} does not let us {what} ({status}); {next}"))
     }
 
-    /// Whether the registry at `url` writes into this storage: what any push begins with shows it, and ends here.
-    ///
-    /// One that lacks the blob `witness` is another one, and nothing need be written to it to know that.
-    fn check_storage(
-        &self,
-        url: &str,
-        store: &dyn Store,
-        repository: &Path,
-        witness: Option<&Digest>,
-    ) -> Result<()> {
-        let elsewhere = || {
-            Err(Error::invalid(format!(
-                "the registry at {url} stores somewhere else than {}; give the URL of the one that serves this storage",
-                store.full(Path::new("")).printable()
-            )))
-        };
-        if let Some(witness) = witness
-            && self.call(url, "HEAD", &blob(repository, witness), &scope(repository, "pull"))?.0 == 404
-        {
-            return elsewhere();
+    fn unexpected(&self, method: &str, status: u16) -> Error {
+        let url = self.url();
+        Error::Busy {
+            why: format!(
+                "the registry at {url} answers {method} with {status}, so what it remembers is unknown"
+            ),
         }
-        let path = format!("/v2/{}/blobs/uploads/", repository.to_string_lossy());
-        let rights = scope(repository, "pull,push");
-        let (status, answer) = self.call(url, "POST", &path, &rights)?;
-        match status {
-            202 => {}
-            401 | 403 => {
-                return Err(self.denied(url, status, "begin an upload, which shows what it stores in"));
-            }
-            _ => return Err(unexpected(url, "POST", status)),
-        }
-        let header = |name: &str| answer.headers().get(name).and_then(|value| value.to_str().ok());
-        let upload = header("docker-upload-uuid").unwrap_or_default().to_string();
-        let is_plain = !upload.is_empty() && !upload.contains('/') && !upload.starts_with('.');
-        let found = is_plain
-            .then(|| store.stat(&layout::upload_started_at(repository, upload.as_ref())))
-            .transpose()?
-            .flatten();
-        // By our way to it: what it calls itself may lead nowhere from here.
-        let cancelled = header("location").map(|location| self.call(url, "DELETE", local(location), &rights));
-        if found.is_none() {
-            return elsewhere();
-        }
-        // 2.8 leaves the state of the hash, and the directories.
-        let state = layout::upload_hash_state(repository, upload.as_ref(), Algorithm::Sha256, 0);
-        store.remove(&[state]).into_iter().next().map_or(Ok(()), Err)?;
-        store.prune(&layout::upload_dir(repository, upload.as_ref()))?;
-        cancelled.transpose().map(drop)
     }
 
-    fn call(&self, url: &str, method: &str, path: &str, scope: &str) -> Result<(u16, Response<Body>)> {
-        let target = format!("{url}{path}");
-        let key = (url.to_string(), scope.to_string());
-        let known = self.tokens.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
-        let answer = self.send(method, &target, known.or_else(|| self.credentials.header()))?;
+    /// Asks about a blob; returns the status.
+    fn blob(&self, method: &str, repository: &Path, digest: &Digest) -> Result<u16> {
+        let path = format!("/v2/{}/blobs/{digest}", repository.to_string_lossy());
+        let actions = if method == "DELETE" { "delete" } else { "pull" };
+        Ok(self.call(method, &path, &scope(repository, actions), SendBody::none())?.0)
+    }
+
+    /// Sends a request; a second time with what is wanted, if it wants something to see. A body can be sent but once.
+    fn call(
+        &self,
+        method: &str,
+        path: &str,
+        scope: &str,
+        body: SendBody<'_>,
+    ) -> Result<(u16, Response<Body>)> {
+        let target = format!("{}{path}", self.base);
+        let known = self.authorizations.lock().unwrap_or_else(PoisonError::into_inner).get(scope).cloned();
+        let answer = self.send(method, &target, known, body)?;
         if answer.status() != 401 {
             return Ok((answer.status().as_u16(), answer));
         }
-        let Some(challenge) = answer.headers().get("www-authenticate").and_then(|value| value.to_str().ok())
-        else {
-            return Ok((401, answer));
-        };
-        let Some(token) = self.token(challenge, scope)? else { return Ok((401, answer)) };
-        let header = format!("Bearer {token}");
-        self.tokens.lock().unwrap_or_else(PoisonError::into_inner).insert(key, header.clone());
-        let answer = self.send(method, &target, Some(header))?;
+        let challenge = header(&answer, "www-authenticate").as_deref().and_then(Challenge::parse);
+        let Some(wanted) = self.answer(challenge, scope)? else { return Ok((401, answer)) };
+        let mut authorizations = self.authorizations.lock().unwrap_or_else(PoisonError::into_inner);
+        authorizations.insert(scope.to_string(), wanted.clone());
+        drop(authorizations);
+        let answer = self.send(method, &target, Some(wanted), SendBody::none())?;
         Ok((answer.status().as_u16(), answer))
     }
 
-    fn send(&self, method: &str, target: &str, authorization: Option<String>) -> Result<Response<Body>> {
+    /// What a registry wants to see that was not content; `None` where we have nothing to show.
+    fn answer(&self, challenge: Option<Challenge>, scope: &str) -> Result<Option<String>> {
+        let credentials = match self.place.is_named {
+            true => &self.access.credentials,
+            false => &Credentials::None,
+        };
+        match (challenge, credentials) {
+            (Some(Challenge::Basic), Credentials::Basic { .. })
+            | (Some(Challenge::Bearer { .. }), Credentials::Bearer(_)) => Ok(credentials.header()),
+            (Some(Challenge::Bearer { realm, service }), _) => {
+                let of_host = auth::may_see(&realm, &self.place.url, &self.access.realms);
+                of_host.map_err(Error::invalid)?;
+                self.token(&auth::token_url(&realm, service.as_deref(), scope), credentials.header())
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Asks a service for a token.
+    fn token(&self, target: &str, authorization: Option<String>) -> Result<Option<String>> {
+        let mut answer = self.send("GET", target, authorization, SendBody::none())?;
+        if !answer.status().is_success() {
+            return Ok(None);
+        }
+        let reader = answer.body_mut().with_config().limit(TOKEN_LIMIT).reader();
+        let token: Token = serde_json::from_reader(reader)
+            .map_err(|e| Error::Busy { why: format!("GET {}: {e}", target.printable()) })?;
+        Ok(token.token.or(token.access_token).map(|token| format!("Bearer {token}")))
+    }
+
+    fn send(
+        &self,
+        method: &str,
+        target: &str,
+        authorization: Option<String>,
+        mut body: SendBody<'_>,
+    ) -> Result<Response<Body>> {
         let mut request = Request::builder().method(method).uri(target);
         if let Some(authorization) = authorization {
             request = request.header("Authorization", authorization);
         }
-        let failed = |e: &dyn fmt::Display| Error::Busy { why: format!("{method} {target}: {e}") };
-        let request = request.body(()).map_err(|e| failed(&e))?;
-        self.agent.run(request).map_err(|e| failed(&e))
-    }
-
-    /// Asks the service that a registry names for a token.
-    fn token(&self, challenge: &str, scope: &str) -> Result<Option<String>> {
-        let Some(fields) = challenge.strip_prefix("Bearer ").map(fields) else { return Ok(None) };
-        let Some(realm) = fields.get("realm") else { return Ok(None) };
-        let mut target = format!("{realm}{}", if realm.contains('?') { '&' } else { '?' });
-        if let Some(service) = fields.get("service") {
-            target += &format!("service={}&", service.replace(' ', "%20"));
+        if method == "PATCH" {
+            request = request.header("Content-Type", "application/octet-stream");
         }
-        if !scope.is_empty() {
-            target += &format!("scope={scope}");
-        }
-        let mut answer = self.send("GET", &target, self.credentials.header())?;
-        if !answer.status().is_success() {
-            return Ok(None);
-        }
-        let token: Token = answer
-            .body_mut()
-            .with_config()
-            .limit(TOKEN_LIMIT)
-            .reader()
-            .pipe(serde_json::from_reader)
-            .map_err(|e| Error::Busy { why: format!("GET {target}: {e}") })?;
-        Ok(token.token.or(token.access_token))
-    }
-}
-
-/// Calls a function on what it is given.
-trait Pipe: Sized {
-    fn pipe<T>(self, f: impl FnOnce(Self) -> T) -> T {
-        f(self)
-    }
-}
-
-impl<R: std::io::Read> Pipe for R {}
-
-/// `a="b",c=d` of a challenge.
-fn fields(text: &str) -> HashMap<String, String> {
-    let mut fields = HashMap::new();
-    let mut rest = text;
-    while let Some((key, after)) = rest.split_once('=') {
-        let (value, after) = match after.strip_prefix('"') {
-            Some(quoted) => quoted.split_once('"').unwrap_or((quoted, "")),
-            None => after.split_once(',').unwrap_or((after, "")),
+        let shown = match self.place.url.strip_prefix("unix:") {
+            Some(_) => format!("{} {}", self.place.url, target.strip_prefix(&self.base).unwrap_or(target)),
+            None => target.to_string(),
         };
-        fields.insert(key.trim_matches([' ', ',']).to_lowercase(), value.to_string());
-        rest = after;
+        let failed = |why: String| Error::Busy { why: format!("{method} {}: {why}", shown.printable()) };
+        let request = request.body(body.as_body()).map_err(|e| failed(e.to_string()))?;
+        self.agent.run(request).map_err(|e| failed(explain(&e)))
     }
-    fields
+}
+
+/// What went wrong, in words.
+fn explain(e: &ureq::Error) -> String {
+    let inner = match e {
+        ureq::Error::Io(e) => e.get_ref(),
+        _ => None,
+    };
+    match inner.and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(tls) => trust::explain(tls),
+        None => e.to_string(),
+    }
+}
+
+fn header(answer: &Response<Body>, name: &str) -> Option<String> {
+    answer.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_string)
+}
+
+/// The beginning of an answer.
+fn words(answer: &mut Response<Body>) -> String {
+    let mut words = Vec::new();
+    // One that can't be read says nothing, which is what it means here.
+    let _ =
+        io::Read::read_to_end(&mut answer.body_mut().with_config().limit(WORDS_LIMIT).reader(), &mut words);
+    String::from_utf8_lossy(&words).into_owned()
 }
 
 fn scope(repository: &Path, actions: &str) -> String {
     format!("repository:{}:{actions}", repository.to_string_lossy())
 }
 
-fn blob(repository: &Path, digest: &Digest) -> String {
-    format!("/v2/{}/blobs/{digest}", repository.to_string_lossy())
-}
-
-fn unexpected(url: &str, method: &str, status: u16) -> Error {
-    Error::Busy {
-        why: format!("the registry at {url} answers {method} with {status}, so what it remembers is unknown"),
-    }
-}
-
 impl Registries for Client {
     fn name(&self) -> String {
-        self.urls.join(", ")
+        self.registries.iter().map(|registry| registry.place.url.as_str()).collect::<Vec<_>>().join(", ")
     }
 
     fn remembers(&self, repository: &Path, digest: &Digest) -> Result<bool> {
-        for url in &self.urls {
-            let (status, _) =
-                self.call(url, "HEAD", &blob(repository, digest), &scope(repository, "pull"))?;
-            match status {
+        for registry in &self.registries {
+            match registry.blob("HEAD", repository, digest)? {
                 404 => {}
                 200..=399 => return Ok(true),
-                _ => return Err(unexpected(url, "HEAD", status)),
+                status => return Err(registry.unexpected("HEAD", status)),
             }
         }
         Ok(false)
@@ -325,68 +353,15 @@ impl Registries for Client {
 
     fn forget(&self, repository: &Path, digest: &Digest) -> Result<()> {
         // Each is told, also after one that fails.
-        let tell = |url: &String| {
-            let (status, _) =
-                self.call(url, "DELETE", &blob(repository, digest), &scope(repository, "delete"))?;
-            match status {
-                // 3.x forgets and then fails for want of the link; 2.8 says that it has none.
-                202 | 404 | 500 => Ok(()),
-                _ => Err(unexpected(url, "DELETE", status)),
-            }
+        let tell = |registry: &Registry| match registry.blob("DELETE", repository, digest)? {
+            // 3.x forgets and then fails for want of the link; 2.8 says that it has none.
+            202 | 404 | 500 => Ok(()),
+            status => Err(registry.unexpected("DELETE", status)),
         };
-        self.urls.iter().map(tell).fold(Ok(()), Result::and)
+        self.registries.iter().map(tell).fold(Ok(()), Result::and)
     }
 
     fn verify(&self, store: &dyn Store, repository: &Path, witness: Option<&Digest>) -> Result<()> {
-        self.urls.iter().try_for_each(|url| {
-            self.check_delete(url, repository)?;
-            self.check_storage(url, store, repository, witness)
-        })
-    }
-}
-
-/// Path and query of a URL, or of a reference that has nothing else.
-fn local(url: &str) -> &str {
-    let is_whole = url.starts_with("http://") || url.starts_with("https://");
-    match url.split_once("://") {
-        Some((_, rest)) if is_whole => rest.find('/').map_or("/", |at| &rest[at..]),
-        _ => url,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
-    use super::*;
-
-    #[test]
-    fn credentials_are_a_line() {
-        let basic =
-            |user: &str, password: &str| Credentials::Basic { user: user.into(), password: password.into() };
-        assert_eq!(Credentials::parse("joe:a:b\n"), Ok(basic("joe", "a:b")));
-        assert_eq!(Credentials::parse("Bearer x.y.z\n"), Ok(Credentials::Bearer("x.y.z".into())));
-        assert_eq!(basic("Aladdin", "open sesame").header().unwrap(), "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
-        for wrong in ["", "joe", ":x", "joe:x\nann:y"] {
-            assert!(Credentials::parse(wrong).is_err(), "{wrong:?}");
-        }
-        assert_eq!(format!("{:?}", basic("joe", "secret")), "basic");
-    }
-
-    #[test]
-    fn a_location_is_followed_by_our_way_to_the_registry() {
-        assert_eq!(
-            local("https://hub.example:5000/v2/a/blobs/uploads/1?_state=x"),
-            "/v2/a/blobs/uploads/1?_state=x"
-        );
-        assert_eq!(local("/v2/a?b=c://d"), "/v2/a?b=c://d");
-        assert_eq!(local("http://hub.example"), "/");
-    }
-
-    #[test]
-    fn challenges_are_read() {
-        let found = fields(r#"realm="https://auth.example/token?a=b,c",service="reg x",error=invalid"#);
-        assert_eq!(found["realm"], "https://auth.example/token?a=b,c");
-        assert_eq!((found["service"].as_str(), found["error"].as_str()), ("reg x", "invalid"));
+        self.verify_all(store, repository, witness)
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! The rules are functions of their own, in the order in which they count; the first that says something is the answer.
 
+use super::http::Place;
 use super::processes::{Facts, Process};
 use super::whom::{Whom, whom};
 use crate::error::{Error, Result};
@@ -15,8 +16,8 @@ pub(super) struct Evidence {
     pub(super) running: Vec<Process>,
     /// What matters of each of those, and of the config.yml that names the storage.
     pub(super) facts: Vec<Facts>,
-    /// The URLs that were named.
-    pub(super) urls: Vec<String>,
+    /// The places that were named.
+    pub(super) named: Vec<Place>,
     /// The redis that was named.
     pub(super) redis: Option<RedisConfig>,
 }
@@ -83,12 +84,12 @@ fn no_memory(seen: &Evidence) -> Option<Verdict> {
 /// A registry of which nobody knows what it serves, while none is named to be asked.
 fn doubts(seen: &Evidence) -> Option<Verdict> {
     let doubts: Vec<String> = seen.running.iter().filter_map(Process::doubt).collect();
-    (seen.urls.is_empty() && !doubts.is_empty()).then(|| Verdict::Stop(doubts.join("; ")))
+    (seen.named.is_empty() && !doubts.is_empty()).then(|| Verdict::Stop(doubts.join("; ")))
 }
 
 /// More registries run than are named.
 fn unnamed(seen: &Evidence) -> Option<Verdict> {
-    if seen.urls.is_empty() || seen.running.len() <= seen.urls.len() {
+    if seen.named.is_empty() || seen.running.len() <= seen.named.len() {
         return None;
     }
     let all: Vec<String> =
@@ -112,25 +113,23 @@ mod tests {
     use super::*;
 
     fn seen(facts: Vec<Facts>, urls: &[&str]) -> Evidence {
-        Evidence {
-            running: Vec::new(),
-            facts,
-            urls: urls.iter().map(|url| (*url).to_string()).collect(),
-            redis: None,
-        }
+        Evidence { running: Vec::new(), facts, named: places_of(urls, true), redis: None }
+    }
+
+    fn places_of(urls: &[&str], is_named: bool) -> Vec<Place> {
+        urls.iter().map(|url| Place::new(url, is_named)).collect()
     }
 
     #[test]
     fn the_first_rule_that_knows_something_decides() {
         let unknown = Facts::unknown;
-        let at = |url: &str| Facts { url: Some(url.to_string()), ..unknown() };
-        let ask = |urls: &[&str]| {
-            let urls = urls.iter().map(|url| (*url).to_string()).collect();
-            Some(Verdict::Ask(Whom { urls, memories: Vec::new() }))
+        let at = |url: &str| Facts { place: Some(Place::new(url, false)), ..unknown() };
+        let ask = |urls: &[&str], is_named| {
+            Some(Verdict::Ask(Whom { places: places_of(urls, is_named), memories: Vec::new() }))
         };
         let cases: [(&str, Evidence, Option<Verdict>); 9] = [
             ("nothing is known", seen(vec![], &[]), None),
-            ("named", seen(vec![], &["u"]), ask(&["u"])),
+            ("named", seen(vec![], &["u"]), ask(&["u"], true)),
             ("no cache", seen(vec![Facts { remembers: false, ..unknown() }], &[]), Some(Verdict::Off)),
             (
                 "one of two has a cache",
@@ -143,8 +142,8 @@ mod tests {
                 seen(vec![Facts { read_only: true, ..unknown() }, unknown()], &[]),
                 None,
             ),
-            ("configured", seen(vec![at("b"), at("a"), at("b")], &[]), ask(&["a", "b"])),
-            ("named and configured", seen(vec![at("a")], &["u"]), ask(&["u"])),
+            ("configured", seen(vec![at("b"), at("a"), at("b")], &[]), ask(&["a", "b"], false)),
+            ("named and configured", seen(vec![at("a")], &["u"]), ask(&["u"], true)),
             ("no deletes", seen(vec![Facts { refuses_delete: true, ..at("a") }], &["u"]), None),
         ];
         for (name, seen, wanted) in cases {

@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, openat2, statat};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::http::Place;
 use crate::error::{Error, Result};
 use crate::layout::REGISTRY_DIR;
 use crate::printable::Printable;
@@ -30,7 +31,7 @@ pub(super) struct Facts {
     /// It is known not to delete.
     pub(super) refuses_delete: bool,
     /// Where it answers.
-    pub(super) url: Option<String>,
+    pub(super) place: Option<Place>,
 }
 
 impl Facts {
@@ -42,19 +43,19 @@ impl Facts {
             read_only: false,
             proxy: false,
             refuses_delete: false,
-            url: None,
+            place: None,
         }
     }
 
-    /// What a configuration says.
-    pub(super) fn of(config: &StoreArgument) -> Facts {
+    /// What a configuration says, one that was named or that of a process.
+    pub(super) fn of(config: &StoreArgument, is_named: bool) -> Facts {
         Facts {
             remembers: config.descriptor_cache.is_some(),
             outlives: Outlives::of(config),
             read_only: config.read_only == Some(true),
             proxy: config.proxy != Some(false),
             refuses_delete: config.delete_enabled == Some(false),
-            url: config.url.clone(),
+            place: config.url.as_deref().map(|url| Place::new(url, is_named)),
         }
     }
 }
@@ -93,9 +94,17 @@ impl fmt::Display for Process {
 }
 
 impl Process {
+    /// Its number.
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// What matters of it; where it can't be known, the worst.
     pub(super) fn facts(&self) -> Facts {
-        self.config.as_ref().map_or_else(|_| Facts::unknown(), Facts::of)
+        let facts = self.config.as_ref().map_or_else(|_| Facts::unknown(), |config| Facts::of(config, false));
+        // Another root has another socket of that name.
+        let is_ours = |place: &Place| !place.url.starts_with("unix:") || has_our_root(self.pid);
+        Facts { place: facts.place.filter(is_ours), ..facts }
     }
 
     /// What it has to do with the storage.
@@ -133,6 +142,12 @@ pub(super) fn serving(root: &Path) -> Result<Vec<Process>> {
 struct Own {
     root: (u64, u64),
     registry: Option<(u64, u64)>,
+}
+
+/// Whether a process has the same root directory as we do.
+fn has_our_root(pid: u32) -> bool {
+    let root = |path: &str| fs::metadata(path).and_then(|metadata| identity(&metadata)).ok();
+    root("/").is_some() && root("/") == root(&format!("/proc/{pid}/root"))
 }
 
 fn identity(metadata: &fs::Metadata) -> io::Result<(u64, u64)> {

@@ -1,5 +1,6 @@
 //! Whom to ask before a blob goes: registries that remember by themselves, and memories that outlive registries. Pure.
 
+use super::http::Place;
 use super::judge::Evidence;
 use super::processes::{Facts, Outlives};
 use super::redis::address;
@@ -10,7 +11,7 @@ use crate::registry_config::RedisConfig;
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Whom {
     /// Where registries answer that remember by themselves.
-    pub(super) urls: Vec<String>,
+    pub(super) places: Vec<Place>,
     /// What remembers for the others.
     pub(super) memories: Vec<Memory>,
 }
@@ -20,35 +21,34 @@ pub(super) struct Whom {
 pub(super) struct Memory {
     pub(super) redis: RedisConfig,
     /// Registries that are to show that they remember there.
-    pub(super) urls: Vec<String>,
+    pub(super) places: Vec<Place>,
 }
 
 /// Whom to ask; why not all of them can be asked, otherwise.
 pub(super) fn whom(seen: &Evidence) -> Result<Whom, String> {
     let mut memories = memories(seen)?;
     let (theirs, own): (Vec<&Facts>, Vec<&Facts>) = seen.facts.iter().partition(|f| f.outlives.is_some());
-    let mut urls = seen.urls.clone();
+    let mut places = seen.named.clone();
     match memories.as_mut_slice() {
         // Whoever is named remembers there, which is shown.
-        [memory] if own.is_empty() && !urls.is_empty() => memory.urls.append(&mut urls),
+        [memory] if own.is_empty() && !places.is_empty() => memory.places.append(&mut places),
         memories => {
             for facts in theirs {
                 let memory = redis_of(seen, facts).and_then(|redis| at(memories, &redis));
-                let url = if seen.urls.is_empty() { Some(url_of(facts)?) } else { facts.url.clone() };
-                memory.into_iter().for_each(|memory| memory.urls.extend(url.clone()));
+                let place = if seen.named.is_empty() { Some(place_of(facts)?) } else { facts.place.clone() };
+                memory.into_iter().for_each(|memory| memory.places.extend(place.clone()));
             }
-            if seen.urls.is_empty() {
-                urls = own.into_iter().map(url_of).collect::<Result<_, _>>()?;
+            if seen.named.is_empty() {
+                places = own.into_iter().map(place_of).collect::<Result<_, _>>()?;
             }
         }
     }
-    for urls in memories.iter_mut().map(|memory| &mut memory.urls).chain([&mut urls]) {
-        urls.sort_unstable();
-        urls.dedup();
+    for places in memories.iter_mut().map(|memory| &mut memory.places).chain([&mut places]) {
+        *places = Place::distinct(std::mem::take(places));
     }
-    match urls.is_empty() && memories.is_empty() {
+    match places.is_empty() && memories.is_empty() {
         true => Err(UNKNOWN.to_string()),
-        false => Ok(Whom { urls, memories }),
+        false => Ok(Whom { places, memories }),
     }
 }
 
@@ -57,7 +57,7 @@ pub(super) fn memories(seen: &Evidence) -> Result<Vec<Memory>, String> {
     let mut found: Vec<Memory> = Vec::new();
     let mut add = |redis: RedisConfig| {
         if at(&mut found, &redis).is_none() {
-            found.push(Memory { redis, urls: Vec::new() });
+            found.push(Memory { redis, places: Vec::new() });
         }
     };
     for facts in &seen.facts {
@@ -83,8 +83,8 @@ fn at<'a>(memories: &'a mut [Memory], redis: &RedisConfig) -> Option<&'a mut Mem
     memories.iter_mut().find(|memory| address(&memory.redis) == address(redis))
 }
 
-fn url_of(facts: &Facts) -> Result<String, String> {
-    facts.url.clone().ok_or_else(|| {
+fn place_of(facts: &Facts) -> Result<Place, String> {
+    facts.place.clone().ok_or_else(|| {
         "of a registry that runs nobody can tell where it answers; give its URL with --registry, or stop it and add \
          --registry-stopped"
             .to_string()
@@ -114,18 +114,22 @@ mod tests {
 
     use super::*;
 
+    fn urls_of(places: &[Place]) -> Vec<String> {
+        places.iter().map(|place| place.url.clone()).collect()
+    }
+
     fn redis(address: &str) -> RedisConfig {
         RedisConfig { addresses: vec![address.to_string()], database: Some(0), ..RedisConfig::default() }
     }
 
     fn seen(facts: Vec<Facts>, urls: &[&str], named: Option<&str>) -> Evidence {
-        let urls = urls.iter().map(|url| (*url).to_string()).collect();
-        Evidence { running: Vec::new(), facts, urls, redis: named.map(redis) }
+        let places = urls.iter().map(|url| Place::new(url, true)).collect();
+        Evidence { running: Vec::new(), facts, named: places, redis: named.map(redis) }
     }
 
     fn facts(url: &str, outlives: Option<Outlives>) -> Facts {
-        let url = Some(url.to_string()).filter(|url| !url.is_empty());
-        Facts { url, outlives, ..Facts::unknown() }
+        let place = Some(url).filter(|url| !url.is_empty()).map(|url| Place::new(url, false));
+        Facts { place, outlives, ..Facts::unknown() }
     }
 
     #[test]
@@ -167,8 +171,8 @@ mod tests {
         ];
         for (name, seen, urls, memories) in cases {
             let found = whom(seen).unwrap();
-            assert_eq!(found.urls, *urls, "{name}");
-            let of_redis = |memory: &Memory| (address(&memory.redis), memory.urls.clone());
+            assert_eq!(urls_of(&found.places), *urls, "{name}");
+            let of_redis = |memory: &Memory| (address(&memory.redis), urls_of(&memory.places));
             let wanted = |(at, urls): &(&str, &[&str])| {
                 ((*at).to_string(), urls.iter().map(|url| (*url).to_string()).collect())
             };

@@ -11,7 +11,7 @@ use regfs::error::{Error, Result};
 use regfs::gc::guard::gate::Said;
 use regfs::gc::{self, Options, Unwatched};
 use regfs::registries::Known;
-use regfs::registries::http::Credentials;
+use regfs::registries::http::Access;
 use regfs::registry_config;
 use regfs::store::disk::Disk;
 use regfs::store::{Entry, Reader, Space, Stat, Store};
@@ -116,7 +116,7 @@ pub(crate) fn pushed_at(registry: &Registry, image: &Image, moment: usize) -> Mo
     registry.push("app", Some("old"), image);
     registry.api("DELETE", &format!("app/manifests/{}", image.digest()), &[], &[]).is(202);
     let config = registry_config::resolve(&registry.config(), &Default::default()).unwrap();
-    let known = Known::new(&config, &[], Credentials::None);
+    let known = Known::new(&config, &[], Access::default());
     let names = image.digests().iter().map(|digest| hex(digest).to_string()).collect();
     let disk = Disk::open(&config.storage_root).unwrap();
     let act = Box::new(|| push_as_docker_does(registry, &tag, image, moment));

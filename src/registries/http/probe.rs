@@ -1,0 +1,244 @@
+//! What any push begins with shows where a registry stores, and which process it is; and ends here.
+//!
+//! An upload is begun; its file has to appear in this storage. Then a body is announced and held back: as long as it is
+//! awaited, the process that answers has the file open. Then the upload is cancelled, and what is left of it removed.
+//! This tells a process apart from all others, whatever address leads to it, in a container as well.
+//!
+//! # What can't be told
+//! Something in between that takes a body as a whole before it passes it on, a registry on another machine, and processes
+//! that we may not look at. These count by their addresses: two that lead to one address are one.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use ureq::SendBody;
+use ureq::http::Uri;
+
+use super::super::answering::{FileId, addresses, anyone_with, file_id, has_open, lineage};
+use super::traces::{self, Trace};
+use super::{Client, Registry, Seen, header, scope};
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::layout;
+use crate::printable::Printable;
+use crate::store::Store;
+
+/// How long a process may take to open a file that it is sent something for.
+const OPENS_WITHIN: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_millis(5);
+
+impl Client {
+    /// Fails unless each registry writes into this storage, and each process that was seen is one of them.
+    pub(super) fn verify_all(
+        &self,
+        store: &dyn Store,
+        repository: &Path,
+        witness: Option<&Digest>,
+    ) -> Result<()> {
+        if let Err(e) = traces::settle(store) {
+            log::warn!("what an interrupted run left was not removed: {e}");
+        }
+        let mut asked = BTreeSet::new();
+        let mut hidden = Vec::new();
+        for registry in &self.registries {
+            registry.check_delete(repository)?;
+            match registry.check_storage(store, repository, witness, &self.seen)? {
+                Some(pid) => asked.extend(lineage(pid)),
+                None => hidden.push(registry),
+            }
+        }
+        let missing: Vec<&Seen> = self.seen.iter().filter(|seen| !asked.contains(&seen.pid)).collect();
+        if missing.len() <= distinct(&hidden) {
+            return Ok(());
+        }
+        let missing: Vec<&str> = missing.iter().map(|seen| seen.what.as_str()).collect();
+        let urls: Vec<String> = self.registries.iter().map(|registry| registry.url().to_string()).collect();
+        Err(Error::invalid(format!(
+            "more registries run here than answer at {}: name each that serves this storage with --registry, or end it ({})",
+            urls.join(" and "),
+            missing.join("; ")
+        )))
+    }
+}
+
+/// How many registries there are at most, as far as addresses tell.
+fn distinct(registries: &[&Registry]) -> usize {
+    let mut groups: Vec<BTreeSet<String>> = Vec::new();
+    for registry in registries {
+        let mut ways = ways_to(&registry.place.url);
+        // One that has a way in common with several groups joins them.
+        groups.retain(|group| {
+            let is_other = group.is_disjoint(&ways);
+            if !is_other {
+                ways.extend(group.iter().cloned());
+            }
+            is_other
+        });
+        groups.push(ways);
+    }
+    groups.len()
+}
+
+/// The addresses that a URL leads to; the URL itself where that can't be told.
+fn ways_to(url: &str) -> BTreeSet<String> {
+    let uri = url.parse::<Uri>().ok();
+    let host = uri.as_ref().and_then(Uri::host).unwrap_or_default().trim_matches(['[', ']']);
+    let is_tls = uri.as_ref().and_then(Uri::scheme_str) == Some("https");
+    let port = uri.as_ref().and_then(Uri::port_u16).unwrap_or(if is_tls { 443 } else { 80 });
+    let found: BTreeSet<String> = addresses(host, port).iter().map(ToString::to_string).collect();
+    if found.is_empty() { BTreeSet::from([url.to_string()]) } else { found }
+}
+
+impl Registry {
+    /// Fails unless it writes into this storage; returns the process that does, if that can be told.
+    ///
+    /// One that lacks the blob `witness` is another one, and nothing need be written to it to know that.
+    fn check_storage(
+        &self,
+        store: &dyn Store,
+        repository: &Path,
+        witness: Option<&Digest>,
+        seen: &[Seen],
+    ) -> Result<Option<u32>> {
+        if let Some(witness) = witness
+            && self.blob("HEAD", repository, witness)? == 404
+        {
+            return Err(self.elsewhere(store));
+        }
+        let mut trace = Trace::begin(store, repository)?;
+        let shown = self.upload(store, repository, seen, &mut trace);
+        // Also where it failed; that counts more, then.
+        let ended = trace.end(store);
+        shown.and_then(|shown| ended.map(|()| shown))
+    }
+
+    fn elsewhere(&self, store: &dyn Store) -> Error {
+        Error::invalid(format!(
+            "the registry at {} stores somewhere else than {}; give the URL of the one that serves this storage",
+            self.url(),
+            store.full(Path::new("")).printable()
+        ))
+    }
+
+    /// Begins an upload, finds out who answers, and cancels it.
+    fn upload(
+        &self,
+        store: &dyn Store,
+        repository: &Path,
+        seen: &[Seen],
+        trace: &mut Trace,
+    ) -> Result<Option<u32>> {
+        let rights = scope(repository, "pull,push");
+        let uploads = format!("/v2/{}/blobs/uploads/", repository.to_string_lossy());
+        let (status, answer) = self.call("POST", &uploads, &rights, SendBody::none())?;
+        match status {
+            202 => {}
+            401 | 403 => return Err(self.denied(status, "begin an upload, which shows what it stores in")),
+            _ => return Err(self.unexpected("POST", status)),
+        }
+        let name = header(&answer, "docker-upload-uuid").filter(|name| traces::is_upload(name));
+        let Some(upload) = our_way(&uploads, &header(&answer, "location").unwrap_or_default()) else {
+            return Err(self.elsewhere(store));
+        };
+        let is_here = match &name {
+            Some(name) => store.stat(&layout::upload_started_at(repository, name.as_ref()))?.is_some(),
+            None => false,
+        };
+        let mut shown = None;
+        if let Some(name) = name.filter(|_| is_here) {
+            trace.found(store, &name)?;
+            let data = store.full(&layout::upload_data(repository, name.as_ref()));
+            shown = file_id(&data).and_then(|file| self.who_opens(file, &upload, &rights, seen));
+        }
+        // What is left of it is removed in any case.
+        let cancelled = self.call("DELETE", &upload, &rights, SendBody::none());
+        if !is_here {
+            return Err(self.elsewhere(store));
+        }
+        cancelled.map(|_| shown)
+    }
+
+    /// The process that opens a file when something is sent for it.
+    fn who_opens(&self, file: FileId, upload: &str, rights: &str, seen: &[Seen]) -> Option<u32> {
+        if seen.is_empty() {
+            return None;
+        }
+        let mut body = Awaited { file, seen, opener: None };
+        // Whatever it answers: what counts is what it did meanwhile.
+        let _ = self.call("PATCH", upload, rights, SendBody::from_reader(&mut body));
+        body.opener
+    }
+}
+
+/// A body of no bytes that comes late: when it is known who awaits it.
+struct Awaited<'a> {
+    file: FileId,
+    seen: &'a [Seen],
+    opener: Option<u32>,
+}
+
+impl io::Read for Awaited<'_> {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        let began = Instant::now();
+        while self.opener.is_none() && began.elapsed() < OPENS_WITHIN {
+            self.opener = self.seen.iter().map(|seen| seen.pid).find(|pid| has_open(*pid, self.file));
+            if self.opener.is_none() {
+                sleep(TICK);
+            }
+        }
+        // One that looks like no registry, and is one.
+        self.opener = self.opener.or_else(|| anyone_with(self.file));
+        Ok(0)
+    }
+}
+
+/// Our way to an upload, made of what the registry calls it, which may lead nowhere from here: `http.host`, a prefix, a
+/// relative URL.
+fn our_way(uploads: &str, location: &str) -> Option<String> {
+    let (path, query) = location.split_once('?').unwrap_or((location, ""));
+    let name = path.rsplit('/').next().filter(|name| traces::is_upload(name))?;
+    Some(format!("{uploads}{name}?{query}"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+    use crate::registries::http::{Access, Place};
+
+    #[test]
+    fn a_location_is_followed_by_our_way_to_the_registry() {
+        let ours = "/v2/a/b/blobs/uploads/";
+        for location in [
+            "https://hub.example:5000/v2/a/b/blobs/uploads/1-2?_state=x",
+            "https://hub.example/v2/reg/v2/a/b/blobs/uploads/1-2?_state=x",
+            "/reg/v2/a/b/blobs/uploads/1-2?_state=x",
+            "1-2?_state=x",
+        ] {
+            assert_eq!(our_way(ours, location).unwrap(), format!("{ours}1-2?_state=x"), "{location}");
+        }
+        assert_eq!(our_way(ours, "http://x/1?b=c://d").unwrap(), format!("{ours}1?b=c://d"));
+        for wrong in ["", "http://hub.example/", "/..?x", "/%2e%2e", "/a b"] {
+            assert_eq!(our_way(ours, wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn names_that_lead_to_one_address_count_once() {
+        let count = |urls: &[&str]| {
+            let registry = |url: &&str| Registry::new(Place::new(url, true), Access::default());
+            let registries: Vec<Registry> = urls.iter().map(registry).collect();
+            distinct(&registries.iter().collect::<Vec<_>>())
+        };
+        assert_eq!(count(&["http://127.0.0.1:5000", "http://localhost:5000", "http://[::1]:5000/"]), 1);
+        assert_eq!(count(&["http://127.0.0.1:5000/a", "https://127.0.0.1:5000/b/v2/"]), 1);
+        assert_eq!(count(&["http://127.0.0.1", "http://localhost:80"]), 1);
+        assert_eq!(count(&["http://127.0.0.1:5000", "http://127.0.0.1:5001"]), 2);
+        assert_eq!(count(&["unix:/run/a", "unix:/run/b", "unix:/run/a"]), 2);
+        assert_eq!(count(&["http://192.0.2.1:5000", "http://192.0.2.2:5000"]), 2);
+    }
+}
