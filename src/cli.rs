@@ -140,6 +140,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>, environment: Environment<'
     });
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Unusable) => ExitCode::from(2),
         Ok(Outcome::Unfinished) => ExitCode::from(3),
         Err(e) => {
             say(&format!("regfs: {e}"));
@@ -160,6 +161,8 @@ enum Outcome {
     Done,
     /// Some of it failed.
     Unfinished,
+    /// What was asked for was not said; nothing was done.
+    Unusable,
 }
 
 /// What a `<STORE>` argument means.

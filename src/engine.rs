@@ -40,6 +40,7 @@ use crate::printable;
 use crate::progress::Watched;
 use crate::registries::Known;
 use crate::store::Store;
+use crate::trash::undo::{LAST, which};
 use crate::trash::{self, Author};
 use crate::view::control::{self, GcCommand, TrashCommand};
 use crate::view::node::Node;
@@ -528,7 +529,12 @@ impl Engine {
         let (action, what, answer, is_complete) = match control::parse_trash(text)? {
             TrashCommand::Undo(id) => {
                 let undone = gc::undo(&*self.store, author, &id)?;
-                ("undo", id.clone(), undone.text(&id), undone.missing.is_empty())
+                let answer = undone.text(&Place::ControlFile.trash("undo", &undone.id));
+                ("undo", undone.id.clone(), answer, undone.is_complete())
+            }
+            TrashCommand::UndoWhich => {
+                let command = Place::ControlFile.trash("undo", LAST);
+                return Err(Error::invalid(which(&*self.store, &command)?));
             }
             TrashCommand::Purge(selection, said) => {
                 let gate = self.registries.gate(said)?;

@@ -106,6 +106,14 @@ pub fn repository(name: &Path) -> PathBuf {
     Path::new(REPOSITORIES).join(name)
 }
 
+/// The repository that a path belongs to; `None` for what is in none.
+pub fn repository_of(path: &Path) -> Option<PathBuf> {
+    let inside = path.strip_prefix(REPOSITORIES).ok()?;
+    let is_part = |part: &OsStr| [MANIFESTS, LAYERS, UPLOADS].iter().any(|name| part == *name);
+    let name: PathBuf = inside.iter().take_while(|part| !is_part(part)).collect();
+    (name != inside).then_some(name)
+}
+
 /// `…/_manifests/revisions/sha256/<hex>/link`.
 pub fn revision_link(repository: &Path, digest: &Digest) -> PathBuf {
     revisions(repository).join(digest.algorithm().name()).join(digest.hex()).join(LINK)

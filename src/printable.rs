@@ -107,7 +107,7 @@ fn is_layout(c: char) -> bool {
 }
 
 /// Control characters, separators of lines, and what turns the direction of writing.
-fn is_unsafe(c: char) -> bool {
+pub fn is_unsafe(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

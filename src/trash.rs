@@ -295,6 +295,14 @@ pub fn is_swept(id: &str) -> bool {
     id.split('-').any(|part| part == SWEEP)
 }
 
+/// When the transaction of that name began; `None` for a name that is none of ours.
+pub fn began_at(id: &str) -> Option<SystemTime> {
+    let at = |part: std::ops::Range<usize>| id.get(part);
+    let (date, time) = ((at(0..4)?, at(4..6)?, at(6..8)?), (at(9..11)?, at(11..13)?, at(13..15)?));
+    let text = format!("{}-{}-{}T{}:{}:{}Z", date.0, date.1, date.2, time.0, time.1, time.2);
+    (at(8..9)? == "-").then(|| humantime::parse_rfc3339(&text).ok())?
+}
+
 /// Where a path stands in the order in which things come back; taking goes the other way.
 pub fn order_of_return(path: &Path) -> u8 {
     match layout::classify(path) {

@@ -68,14 +68,22 @@ pub struct Snapshot {
     candidates: OnceLock<Vec<Candidate>>,
     /// From when on a sweep takes the next step with what is unreferenced.
     moves_on: OnceLock<HashMap<DigestId, SystemTime>>,
-    missing: OnceLock<Vec<DigestId>>,
+    stored: OnceLock<Stored>,
     untagged: OnceLock<Untagged>,
-    sizes: OnceLock<HashMap<DigestId, u64>>,
     usage: OnceLock<Arc<[u8]>>,
 }
 
 /// Children of directories, by the path of these.
 type Directories = BTreeMap<PathBuf, BTreeSet<OsString>>;
+
+/// What of all that is named is in the store.
+#[derive(Default)]
+struct Stored {
+    /// Bytes of each blob that is, by the digest that it is stored under.
+    sizes: HashMap<DigestId, u64>,
+    /// Digests that are not, in order.
+    missing: Vec<DigestId>,
+}
 
 /// Who names what, backwards.
 #[derive(Default)]
@@ -132,9 +140,8 @@ impl Snapshot {
             is_judged: OnceLock::new(),
             candidates: OnceLock::new(),
             moves_on: OnceLock::new(),
-            missing: OnceLock::new(),
+            stored: OnceLock::new(),
             untagged: OnceLock::new(),
-            sizes: OnceLock::new(),
             usage: OnceLock::new(),
         }
     }
@@ -272,40 +279,50 @@ impl Snapshot {
     /// Referenced digests whose bytes are not in the store.
     ///
     /// # Cost
-    /// A `stat` for each referenced blob, when first asked.
+    /// A `stat` for each referenced blob, when this or [`Snapshot::stored_size`] is first asked.
     pub fn missing(&self, store: &dyn Store) -> &[DigestId] {
-        self.missing.get_or_init(|| {
+        &self.stored(store).missing
+    }
+
+    /// Bytes of a digest in the store, 0 where they are not there. What manifests claim is no measure: a layer may lie at
+    /// another server (`urls`), be lost, or have any number beside it, which registries take as it is.
+    pub fn stored_size(&self, store: &dyn Store, id: DigestId) -> u64 {
+        self.stored(store).sizes.get(&self.catalog.stored_as(id)).copied().unwrap_or(0)
+    }
+
+    fn stored(&self, store: &dyn Store) -> &Stored {
+        self.stored.get_or_init(|| {
             let uses = self.uses();
-            let named: BTreeSet<DigestId> = uses
+            let is_named = |id: &DigestId| {
+                uses.manifests.contains_key(id)
+                    || uses.revisions.contains_key(id)
+                    || uses.keepers.contains_key(id)
+            };
+            let all: BTreeSet<DigestId> = uses
                 .manifests
                 .keys()
                 .chain(uses.revisions.keys())
                 .chain(uses.keepers.keys())
+                .chain(uses.tags.keys())
                 .copied()
                 .collect();
-            let is_missing = |id: &DigestId| {
-                let stored = self.catalog.stored_as(*id);
-                !self.catalog.has_blob(stored)
-                    || matches!(store.stat(&layout::blob_data(&self.catalog.digest(stored))), Ok(None))
-            };
-            named.into_iter().filter(is_missing).collect()
-        })
-    }
-
-    /// Bytes of a digest as manifests claim them, 0 when none names it.
-    pub fn claimed_size(&self, id: DigestId) -> u64 {
-        let sizes = self.sizes.get_or_init(|| {
-            let mut sizes = HashMap::new();
-            for (id, manifest) in self.catalog.manifests.iter() {
-                let Some(parsed) = manifest.parsed() else { continue };
-                sizes.insert(*id, u64::from(parsed.size));
-                for descriptor in parsed.descriptors().iter().filter(|d| d.size > 0) {
-                    sizes.entry(descriptor.digest).or_insert(descriptor.size);
+            let mut stored = Stored::default();
+            for id in all {
+                let place = self.catalog.stored_as(id);
+                let stat = match self.catalog.has_blob(place) {
+                    true => store.stat(&layout::blob_data(&self.catalog.digest(place))),
+                    false => Ok(None),
+                };
+                match stat {
+                    Ok(Some(stat)) => drop(stored.sizes.insert(place, stat.size)),
+                    Ok(None) if is_named(&id) => stored.missing.push(id),
+                    Ok(None) => {}
+                    // Something stands there; a collection meets the same error and says it.
+                    Err(e) => log::debug!("{e}"),
                 }
             }
-            sizes
-        });
-        sizes.get(&id).copied().unwrap_or(0)
+            stored
+        })
     }
 
     /// Revisions that no tag leads to: what `sweep untagged` adds, once they are older than the grace period.

@@ -507,12 +507,10 @@ impl Model {
         needs
     }
 
-    /// Undoes a transaction; `false` where a tag stands that is newer.
+    /// Undoes a transaction; `false` where a tag stayed in the trash, since there is a newer one.
     fn undo(&mut self, id: &str) -> bool {
-        let own: Vec<Item> = self.trash[id].keys().cloned().collect();
-        if own.iter().any(|item| matches!(item, Item::Tag(..)) && self.has(item)) {
-            return false;
-        }
+        let (conflicts, own): (Vec<Item>, Vec<Item>) =
+            self.trash[id].keys().cloned().partition(|item| self.is_another_tag(id, item));
         let is_elsewhere = |item: &Item| !own.contains(item) && !self.has(item);
         let fetched: Vec<(String, Item)> = self
             .needs(id)
@@ -524,7 +522,16 @@ impl Model {
             })
             .collect();
         for item in &own {
+            // The history of a tag that says the same is added to it.
+            if let Some(history) = self.trash[id].get(item).map(|facts| facts.history.clone())
+                && let Some(facts) = self.store.get_mut(item)
+            {
+                facts.history.extend(history);
+            }
             self.put_back(id, item);
+            if !self.trash.contains_key(id) {
+                break;
+            }
             // Of what is there again, bytes stay in the trash; a second link is dropped.
             if !matches!(item, Item::Blob(_) | Item::Past(..))
                 && let Some(items) = self.trash.get_mut(id)
@@ -534,7 +541,13 @@ impl Model {
         }
         fetched.iter().for_each(|(id, item)| self.put_back(id, item));
         self.trash.retain(|_, items| !items.is_empty());
-        true
+        conflicts.is_empty()
+    }
+
+    /// Whether an item of the trash is a tag, and there is one of that name that leads elsewhere.
+    fn is_another_tag(&self, id: &str, item: &Item) -> bool {
+        let there = self.store.get(item).map(|facts| facts.target);
+        matches!(item, Item::Tag(..)) && there.is_some_and(|target| target != self.trash[id][item].target)
     }
 
     fn purge(&mut self, ids: &BTreeSet<String>) {
@@ -931,15 +944,12 @@ impl World {
             return Ok(true);
         }
         let id = &ids[transaction % ids.len()];
-        let undone = gc::undo(&*self.store, &author(), id);
+        let undone = gc::undo(&*self.store, &author(), id).map_err(|e| e.to_string())?;
         let is_done = self.model.undo(id);
-        match undone {
-            Ok(_) => ensure(is_done, || format!("the undo of {id} replaced a newer tag"))?,
-            Err(Error::Exists { path }) => {
-                ensure(!is_done, || format!("the undo of {id} met {}", path.display()))?;
-            }
-            Err(e) => return Err(e.to_string()),
-        }
+        ensure(undone.failures.is_empty(), || format!("the undo of {id}: {:?}", undone.failures))?;
+        ensure(is_done == undone.conflicts.is_empty(), || {
+            format!("the undo of {id} met {:?}, and the model says it is whole: {is_done}", undone.conflicts)
+        })?;
         Ok(true)
     }
 

@@ -9,15 +9,17 @@ use clap::{Args, Subcommand};
 
 use super::output::to_stdout;
 use super::registry::RedisArgs;
-use super::{Environment, Outcome, duration, print, store_argument, typed};
+use super::{Environment, Outcome, duration, print, say, store_argument, typed};
 use crate::catalog::Tables;
 use crate::error::{Error, Result};
 use crate::gc;
 use crate::gc::guard::gate::Said;
+use crate::gc::report::Place;
 use crate::printable::Safely;
 use crate::registries::Known;
 use crate::registries::http::Access;
 use crate::store::disk::Disk;
+use crate::trash::undo::{LAST, which};
 use crate::trash::{self, Author, Selection};
 use crate::view::View;
 
@@ -40,8 +42,8 @@ enum TrashCommand {
     },
     /// Give back what a transaction took, and what that names
     Undo {
-        /// As `list` shows it
-        id: String,
+        /// As `list` shows it, or `last` for the newest; without, say which that is
+        id: Option<String>,
     },
     /// Free the bytes for good: of one transaction, of old ones, or of all
     #[command(group = clap::ArgGroup::new("which").required(true))]
@@ -91,9 +93,14 @@ pub(super) fn run(
             Ok(Outcome::Done)
         }
         TrashCommand::Undo { id } => {
+            let Some(id) = id else {
+                let command = Place::CommandLine(&args.store).trash("undo", LAST);
+                say(&format!("regfs: {}", which(&store, &command)?));
+                return Ok(Outcome::Unusable);
+            };
             let undone = gc::undo(&store, &author, id)?;
-            print(&undone.text(id))?;
-            Ok(if undone.missing.is_empty() { Outcome::Done } else { Outcome::Unfinished })
+            print(&undone.text(&Place::CommandLine(&args.store).trash("undo", &undone.id)))?;
+            Ok(if undone.is_complete() { Outcome::Done } else { Outcome::Unfinished })
         }
         TrashCommand::Purge { id, older, all: _, registry_stopped, force, cache_emptied, redis } => {
             let selection = match (id, older) {

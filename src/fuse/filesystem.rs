@@ -220,7 +220,7 @@ impl RegistryFilesystem {
             };
             let flags = match node {
                 // Content under a digest never changes.
-                Node::Blob(_) => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
+                Node::Blob(_) | Node::Garbage(_) => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
                 _ => FopenFlags::FOPEN_NOFLUSH,
             };
             return Ok((Handle::Bytes(reader), flags));
@@ -250,7 +250,9 @@ impl RegistryFilesystem {
     /// The file in the store that a node shows.
     fn bytes_of(&self, snapshot: &Snapshot, node: Node) -> Option<std::path::PathBuf> {
         match node {
-            Node::Blob(id) => snapshot.catalog.tables.digests.checked(id).map(|d| layout::blob_data(&d)),
+            Node::Blob(id) | Node::Garbage(id) => {
+                snapshot.catalog.tables.digests.checked(id).map(|d| layout::blob_data(&d))
+            }
             Node::Upload(upload, repository) => {
                 Some(layout::upload_data(&snapshot.path(repository)?, &snapshot.name(upload)?))
             }
@@ -725,7 +727,7 @@ fn from(listing: &Listing, offset: u64) -> impl Iterator<Item = (u64, &(OsString
 }
 
 fn is_blob(node: Node) -> bool {
-    matches!(node, Node::Blob(_))
+    matches!(node, Node::Blob(_) | Node::Garbage(_))
 }
 
 /// What a name that is not there is: the kernel looks at nothing but the number.

@@ -1,5 +1,6 @@
 //! What `stat` says of a node.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -9,6 +10,7 @@ use crate::catalog::intern::{DigestId, NameId};
 use crate::edit;
 use crate::error::Result;
 use crate::layout;
+use crate::trash;
 
 /// What `stat` says, apart from the inode number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,8 +21,8 @@ pub struct Attributes {
     pub size: u64,
     /// Blocks of 512 bytes that it takes on the disk: what is made up takes none.
     pub blocks: u64,
-    /// When it was written; of a tag and of a manifest, when it was last pushed; of garbage, from when on a sweep takes
-    /// the next step with it.
+    /// When it was written; of a tag and of a manifest, when it was last pushed; of a directory in the trash, when what is
+    /// in it was removed; in `reachability/unreachable`, from when on a sweep takes the next step.
     pub modified: SystemTime,
     /// Permissions.
     pub mode: u16,
@@ -42,6 +44,11 @@ impl View<'_> {
         };
         Ok(match node {
             Node::Blob(id) => self.blob(id, plain)?,
+            Node::Garbage(id) => {
+                let modified = self.moves_on(id);
+                self.blob(id, plain)?
+                    .map(|blob| Attributes { modified: modified.unwrap_or(blob.modified), ..blob })
+            }
             Node::Trashed(path) => self.trashed_attributes(path, plain)?,
             Node::Upload(upload, repository) => self.upload(repository, upload, plain)?,
             Node::Tag(tag, repository) | Node::TagReference(tag, repository) => {
@@ -94,7 +101,7 @@ impl View<'_> {
                 ..plain
             }));
         };
-        let modified = self.moves_on(id).unwrap_or(stat.modified);
+        let modified = stat.modified;
         Ok(Some(Attributes { size: stat.size, blocks: stat.blocks, modified, links, ..plain }))
     }
 
@@ -111,10 +118,21 @@ impl View<'_> {
     fn trashed_attributes(&self, path: NameId, plain: Attributes) -> Result<Option<Attributes>> {
         let Some(path) = self.snapshot.path(path) else { return Ok(None) };
         if plain.node_type == Type::Directory {
-            return Ok(Some(Attributes { mode: 0o555, links: 2, ..plain }));
+            let removed_at = path.iter().next().and_then(|id| self.removed_at(id)).unwrap_or(plain.modified);
+            return Ok(Some(Attributes { mode: 0o555, links: 2, modified: removed_at, ..plain }));
         }
         let stat = self.store.stat(&Path::new(layout::TRASH).join(path))?;
         Ok(stat.map(|s| Attributes { size: s.size, blocks: s.blocks, modified: s.modified, ..plain }))
+    }
+
+    /// When a transaction began: what its name says, or the time of its description.
+    fn removed_at(&self, id: &OsStr) -> Option<SystemTime> {
+        let named = id.to_str().and_then(trash::began_at);
+        named.or_else(|| {
+            let file = Path::new(layout::TRASH).join(id).join(layout::TRANSACTION_FILE);
+            // Without either, the directory has the time of everything that has none.
+            Some(self.store.stat(&file).ok()??.modified)
+        })
     }
 
     fn upload(&self, repository: NameId, upload: NameId, plain: Attributes) -> Result<Option<Attributes>> {

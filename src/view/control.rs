@@ -14,7 +14,7 @@ pub const GC_GRAMMAR: &str = "dry-run | sweep [untagged[=7d]] [repository=GLOB] 
      [grace=24h] [drain=10m] [keep=7d] [rate=N] [registry-stopped [force] [cache-emptied]] [now] | stop, with an optional & at the end";
 /// What `control/trash` understands.
 pub const TRASH_GRAMMAR: &str =
-    "undo <transaction> | purge [<transaction>|older=7d] [registry-stopped [force] [cache-emptied]]";
+    "undo <transaction>|last | purge [<transaction>|older=7d] [registry-stopped [force] [cache-emptied]]";
 
 /// A command to `control/gc`.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +31,8 @@ pub enum GcCommand {
 pub enum TrashCommand {
     /// Give a transaction back.
     Undo(String),
+    /// Say which transaction is the newest.
+    UndoWhich,
     /// Free what these hold; what was said of registries.
     Purge(Selection, Said),
 }
@@ -150,6 +152,7 @@ pub fn parse_trash(text: &str) -> Result<TrashCommand> {
     }
     let purge = |selection| Ok(TrashCommand::Purge(selection, Said::of(is_stopped, is_sure, is_emptied)));
     match words.as_slice() {
+        ["undo"] => Ok(TrashCommand::UndoWhich),
         ["undo", id] => Ok(TrashCommand::Undo(id.to_string())),
         ["purge"] => purge(Selection::All),
         ["purge", word] => match word.split_once('=') {
@@ -237,6 +240,7 @@ mod tests {
     #[test]
     fn trash_commands_name_transactions() {
         assert_eq!(parse_trash("undo x\n").unwrap(), TrashCommand::Undo("x".into()));
+        assert_eq!(parse_trash("undo").unwrap(), TrashCommand::UndoWhich);
         assert_eq!(parse_trash("purge").unwrap(), TrashCommand::Purge(Selection::All, Said::Nothing));
         assert_eq!(
             parse_trash("purge x").unwrap(),
@@ -250,7 +254,6 @@ mod tests {
         assert_eq!(all, TrashCommand::Purge(Selection::All, Said::Stopped));
         for wrong in [
             "",
-            "undo",
             "undo a b",
             "purge a b",
             "purge younger=1d",

@@ -28,9 +28,8 @@ impl View<'_> {
                 Some(up(depth(repository)).join(self.tag_target(repository, tag)?))
             }
             Node::DigestReference(id, repository) => Some(up(depth(repository)).join(manifest(id)?)),
-            // All manifests are stored under sha256, so these stand in the same directory two levels up.
+            // All manifests are stored under sha256, so it stands in the same directory two levels up.
             Node::Sibling(id) => Some(up(2).join(catalog.tables.digests.checked(id)?.hex())),
-            Node::Subject(id) => Some(up(1).join(catalog.tables.digests.checked(id)?.hex())),
             Node::Keeper(id) => Some(up(5).join(manifest(id)?)),
             Node::KeeperRevision(id, repository) => {
                 let digest = catalog.tables.digests.checked(id)?;

@@ -139,10 +139,10 @@ nodes! {
     20 Platforms(digest: DigestId),
     /// `manifests/sha256/<hex>/referrers`
     21 Referrers(digest: DigestId),
-    /// A symlink in `platforms` or `referrers` to another manifest
+    /// A symlink in `platforms` to a manifest that leads no further
     22 Sibling(digest: DigestId),
-    /// `manifests/sha256/<hex>/subject`, a symlink to another manifest
-    23 Subject(digest: DigestId),
+    /// `manifests/sha256/<hex>/subject`, a file in `referrers`, of an index in `platforms`: the digest of another manifest
+    23 Pointer(digest: DigestId),
     /// `manifests/sha256/<hex>/references`
     24 References(digest: DigestId),
     /// `blobs`
@@ -217,6 +217,8 @@ nodes! {
     59 States,
     /// `control/stop`
     60 ControlStop,
+    /// `reachability/unreachable/sha256/<hex>`: a blob with a time of its own
+    61 Garbage(digest: DigestId),
 }
 
 /// What a node is to `stat(2)`.

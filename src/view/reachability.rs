@@ -55,7 +55,7 @@ impl View<'_> {
                 .candidates(self.store)
                 .iter()
                 .filter(|c| catalog.digest(c.digest).algorithm() == algorithm)
-                .map(|c| entry(self.hex(c.digest), Node::Blob(c.digest)))
+                .map(|c| entry(self.hex(c.digest), Node::Garbage(c.digest)))
                 .collect(),
             Node::Why => self.reachability(Node::Unreachable)?.into_iter().filter_map(why_of).collect(),
             Node::WhyOf(algorithm) => {
@@ -86,11 +86,11 @@ impl View<'_> {
         let manifests = uses.manifests.get(&id).into_iter().flatten();
         let mut entries: Entries = manifests.map(|m| entry(self.hex(*m), Node::Keeper(*m))).collect();
         for name in uses.revisions.get(&id).into_iter().flatten() {
-            let text = format!("{}@{}", flat(name), self.snapshot.catalog.digest(id));
+            let text = format!("{}@{}", file_name(&flat(name)), self.snapshot.catalog.digest(id));
             entries.push(entry(text, Node::KeeperRevision(id, self.snapshot.name_id(name))));
         }
         for name in uses.keepers.get(&id).into_iter().flatten() {
-            let text = format!("{}+kept", flat(name));
+            let text = format!("{}+kept", file_name(&flat(name)));
             if self.snapshot.repository(name).is_some() && !entries.iter().any(|(n, _)| *n == *text) {
                 entries.push(entry(text, Node::KeeperRevision(id, self.snapshot.name_id(name))));
             }
@@ -158,7 +158,7 @@ impl View<'_> {
 fn why_of((name, node): (OsString, Node)) -> Option<(OsString, Node)> {
     match node {
         Node::UnreachableOf(algorithm) => Some((name, Node::WhyOf(algorithm))),
-        Node::Blob(id) => Some((name, Node::WhyText(id))),
+        Node::Garbage(id) => Some((name, Node::WhyText(id))),
         _ => None,
     }
 }

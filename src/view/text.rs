@@ -1,6 +1,6 @@
 //! What generated files read like.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -31,6 +31,7 @@ impl View<'_> {
             Node::OciLayout => OCI_LAYOUT.to_string(),
             Node::LayoutIndex(id) => return Some(self.layout_index(id)?.into_bytes().into()),
             Node::References(id) => self.references(id),
+            Node::Pointer(id) => self.pointer(id)?,
             Node::Summary => self.summary(),
             Node::Usage => return Some(self.usage()),
             Node::MissingBlob(id) => self.missing(id)?,
@@ -79,6 +80,16 @@ impl View<'_> {
         lines.into_iter().map(|line| line + "\n").collect()
     }
 
+    /// Which manifest, and where it stands in the mount.
+    fn pointer(&self, id: DigestId) -> Option<String> {
+        let digest = self.snapshot.catalog.tables.digests.checked(id)?;
+        let place = match self.snapshot.is_listed(id) {
+            true => format!("manifests/{}/{}", digest.algorithm().name(), digest.hex()),
+            false => "not in the store".to_string(),
+        };
+        Some(format!("{digest}\n{place}\n"))
+    }
+
     fn summary(&self) -> String {
         let snapshot = self.snapshot;
         let catalog = &snapshot.catalog;
@@ -91,7 +102,7 @@ impl View<'_> {
         let bytes = |list: &[&crate::gc::plan::Candidate]| human(list.iter().map(|c| c.bytes).sum());
         let kept: Vec<DigestId> =
             catalog.blobs.iter().copied().filter(|id| snapshot.mark().is_reachable(*id)).collect();
-        let kept_bytes = kept.iter().map(|id| snapshot.claimed_size(*id)).sum();
+        let kept_bytes = kept.iter().map(|id| snapshot.stored_size(self.store, *id)).sum();
         let tags: usize = catalog.repositories.values().map(|r| r.tags.len()).sum();
         let revisions: usize = catalog.repositories.values().map(|r| r.revisions.len()).sum();
         let untagged: usize = snapshot.untagged().values().map(Vec::len).sum();
@@ -128,7 +139,8 @@ impl View<'_> {
 
     /// A line per tag: repository, tag, digest, bytes unique to it, shared, total, pushed.
     ///
-    /// Unique is what removing this tag and a sweep would free.
+    /// Unique is what removing this tag and a sweep would free. Bytes are those on the disk, so what is not stored here
+    /// counts nothing.
     fn usage(&self) -> Arc<[u8]> {
         let build = || {
             let snapshot = self.snapshot;
@@ -136,7 +148,12 @@ impl View<'_> {
             let mut closures: HashMap<DigestId, Vec<DigestId>> = HashMap::new();
             let mut holders: HashMap<DigestId, u32> = HashMap::new();
             let mut hold = |id: DigestId| {
-                let closure = closures.entry(id).or_insert_with(|| catalog.closure(id));
+                let closure = closures.entry(id).or_insert_with(|| {
+                    // One blob may be named by several digests.
+                    let stored: BTreeSet<DigestId> =
+                        catalog.closure(id).into_iter().map(|id| catalog.stored_as(id)).collect();
+                    stored.into_iter().collect()
+                });
                 for below in closure.iter() {
                     *holders.entry(*below).or_default() += 1;
                 }
@@ -152,7 +169,7 @@ impl View<'_> {
                     let Some(target) = tag.target else { continue };
                     let (mut unique, mut total) = (0, 0);
                     for below in closures.get(&target).into_iter().flatten() {
-                        let size = snapshot.claimed_size(*below);
+                        let size = snapshot.stored_size(self.store, *below);
                         total += size;
                         if holders.get(below) == Some(&1) {
                             unique += size;

@@ -1,5 +1,6 @@
 //! What is where: names below a directory, and the node of a name.
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -8,12 +9,13 @@ use std::sync::Arc;
 use super::View;
 use super::node::{Node, Type};
 use super::reachability::{broken_name, problem_number};
-use crate::catalog::intern::{DigestId, NameId};
+use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Descriptor, Parsed, Repository};
 use crate::digest::{Algorithm, Digest};
 use crate::error::Result;
 use crate::gc::why;
 use crate::layout;
+use crate::printable::is_unsafe;
 use crate::store;
 use crate::trash;
 
@@ -25,6 +27,9 @@ pub const REVISIONS: &str = "_manifests";
 pub const UPLOADS: &str = "_uploads";
 /// Name of what says why, beside the symlinks in the directory of a reachable blob.
 pub const WHY: &str = "why";
+
+/// So many images of an index have their directory in `platforms`; nobody builds for nearly as many.
+const MANY_PLATFORMS: usize = 64;
 
 /// A directory's entries.
 pub type Entries = Vec<(OsString, Node)>;
@@ -103,7 +108,7 @@ impl View<'_> {
                 .map(Node::ReachableBlob),
             Node::UnreachableOf(algorithm) => by_digest(algorithm)
                 .filter(|id| self.snapshot.candidate(self.store, *id).is_some())
-                .map(Node::Blob),
+                .map(Node::Garbage),
             // Any digest of the store has an answer; the listing shows the garbage.
             Node::WhyOf(algorithm) => {
                 by_digest(algorithm).filter(|id| why::is_known(&self.facts(), *id)).map(Node::WhyText)
@@ -354,7 +359,7 @@ impl View<'_> {
             entries.push(entry("referrers", Node::Referrers(id)));
         }
         if let Some(subject) = manifest.subject() {
-            entries.push(entry("subject", Node::Subject(subject)));
+            entries.push(entry("subject", Node::Pointer(subject)));
         }
         Some(entries)
     }
@@ -377,6 +382,7 @@ impl View<'_> {
         })
     }
 
+    /// The layers in their order; one that stands several times, as empty ones do, at its first place.
     fn layers(&self, layers: &[Descriptor]) -> Entries {
         let catalog = &self.snapshot.catalog;
         let width = layers.len().to_string().len().max(2);
@@ -385,22 +391,38 @@ impl View<'_> {
             let extension = extension(media_type.to_str().unwrap_or(""));
             format!("{at:0width$}-{}.{extension}", catalog.digest(layer.digest).short())
         };
-        let in_store =
-            layers.iter().enumerate().filter(|(_, l)| catalog.has_blob(catalog.stored_as(l.digest)));
-        in_store.map(|(at, l)| entry(name(at, l), Node::Blob(catalog.stored_as(l.digest)))).collect()
+        let mut said = IdSet::default();
+        let stored = layers.iter().enumerate().map(|(at, l)| (at, l, catalog.stored_as(l.digest)));
+        let shown = stored.filter(|(_, _, id)| catalog.has_blob(*id) && said.insert(*id));
+        shown.map(|(at, l, id)| entry(name(at, l), Node::Blob(id))).collect()
     }
 
+    /// What an index names, each once.
+    ///
+    /// An image is a symlink to its directory, from where no symlink leads on. An index is a file that says where it is, and
+    /// so is what comes after [`MANY_PLATFORMS`]: who follows symlinks must not meet a circle, nor the same blobs ever again.
     fn platforms(&self, index: &Parsed) -> Entries {
+        let catalog = &self.snapshot.catalog;
+        let (mut said, mut taken, mut images) = (IdSet::default(), HashSet::new(), 0);
         let mut entries = Entries::new();
-        for (child, platform) in index.platforms() {
-            let name = platform.map(|p| self.snapshot.catalog.name(p));
+        for (child, platform) in index.platforms().filter(|(child, _)| said.insert(child.digest)) {
+            let name = platform.map(|p| catalog.name(p));
             let name = name.map_or_else(|| "unknown".to_string(), |n| file_name(&n.to_string_lossy()));
-            let name = unique(&entries, name, &self.snapshot.catalog.digest(child.digest));
-            entries.push(entry(name, Node::Sibling(child.digest)));
+            let name = match taken.insert(name.clone()) {
+                true => name,
+                false => format!("{name}-{}", catalog.digest(child.digest).hex()),
+            };
+            let is_image = catalog.parsed(child.digest).is_none_or(|m| m.children().is_empty());
+            images += usize::from(is_image);
+            entries.push(match is_image && images <= MANY_PLATFORMS {
+                true => entry(name, Node::Sibling(child.digest)),
+                false => entry(name, Node::Pointer(child.digest)),
+            });
         }
         entries
     }
 
+    /// Files that say where what is about a manifest is: it may have referrers itself, and leads back by `subject`.
     fn referrers(&self, id: DigestId) -> Entries {
         let catalog = &self.snapshot.catalog;
         let referrers = self.snapshot.uses().referrers.get(&id).into_iter().flatten();
@@ -410,7 +432,7 @@ impl View<'_> {
                 artifact_type.map_or_else(|| "manifest".to_string(), |t| file_name(&t.to_string_lossy()));
             format!("{artifact_type}-{}", catalog.digest(id).short())
         };
-        referrers.map(|id| entry(name(*id), Node::Sibling(*id))).collect()
+        referrers.map(|id| entry(name(*id), Node::Pointer(*id))).collect()
     }
 
     pub(super) fn shards(
@@ -480,7 +502,6 @@ impl View<'_> {
             | Node::TagReference(..)
             | Node::DigestReference(..)
             | Node::Sibling(_)
-            | Node::Subject(_)
             | Node::Keeper(_)
             | Node::KeeperRevision(..)
             | Node::UntaggedManifest(..) => Some(Type::Symlink),
@@ -489,7 +510,9 @@ impl View<'_> {
             | Node::OciLayout
             | Node::LayoutIndex(_)
             | Node::References(_)
+            | Node::Pointer(_)
             | Node::Blob(_)
+            | Node::Garbage(_)
             | Node::Summary
             | Node::States
             | Node::Usage
@@ -531,20 +554,15 @@ pub(super) fn flat(path: &Path) -> String {
     String::from_utf8_lossy(path.as_os_str().as_bytes()).replace('/', "+")
 }
 
-/// A text as a file name.
+/// A text as a file name; with the longest digest behind it, it is not too long either.
 pub(super) fn file_name(text: &str) -> String {
     match text {
         // As names these mean directories.
         "." | ".." => text.replace('.', "_"),
-        _ => text.chars().map(|c| if c == '/' || c.is_control() { '_' } else { c }).take(200).collect(),
-    }
-}
-
-/// `name`, with the digest behind it where that name is taken.
-fn unique(entries: &Entries, name: String, digest: &Digest) -> String {
-    match entries.iter().any(|(taken, _)| *taken == *name) {
-        true => format!("{name}-{}", digest.short()),
-        false => name,
+        _ => {
+            let fitting = text.char_indices().take_while(|(at, c)| at + c.len_utf8() <= 180);
+            fitting.map(|(_, c)| if c == '/' || is_unsafe(c) { '_' } else { c }).collect()
+        }
     }
 }
 

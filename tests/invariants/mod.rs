@@ -147,6 +147,7 @@ pub(crate) fn trash_command(bytes: &[u8]) {
             assert_eq!(e.errno(), libc_einval());
             assert!(e.to_string().contains(TRASH_GRAMMAR), "{e}");
         }
+        Ok(TrashCommand::UndoWhich) => assert_eq!(words, ["undo"]),
         Ok(TrashCommand::Undo(id)) => assert_eq!(words, ["undo", id.as_str()]),
         Ok(TrashCommand::Purge(Selection::All, _)) => assert_eq!(words, ["purge"]),
         Ok(TrashCommand::Purge(Selection::One(id), _)) => {

@@ -37,7 +37,7 @@ pub enum Place<'a> {
 
 impl Place<'_> {
     /// The command that gives a transaction back (`undo`) or frees it (`purge`).
-    pub(in crate::gc) fn trash(&self, command: &str, id: &str) -> String {
+    pub fn trash(&self, command: &str, id: &str) -> String {
         match self {
             Place::CommandLine(store) => {
                 format!("regfs trash {} {command} {}", store.printable(), id.printable())
