@@ -33,6 +33,7 @@ pub(super) struct TrashArgs {
 }
 
 #[derive(Subcommand, Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one for each process")]
 enum TrashCommand {
     /// Show what is in the trash, oldest first
     List {

@@ -39,6 +39,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::Registries;
 use crate::layout;
+use crate::printable::Printable;
 use crate::registry_config::{RedisConfig, RedisTls};
 use crate::store::Store;
 
@@ -231,7 +232,7 @@ impl Redis {
             return Err(Error::invalid(format!(
                 "the registry at {name} does not have {}@{witness}, which this storage has; give the URL of the one that serves \
                  this storage",
-                repository.display()
+                repository.printable()
             )));
         }
         match self.remembers(repository, witness)? {
@@ -357,7 +358,7 @@ fn split(address: &str) -> Option<(String, u16)> {
 fn certificates(tls: &RedisTls) -> std::result::Result<TlsCertificates, String> {
     let read = |path: &String| {
         let path = PathBuf::from(path);
-        read_pem(&path).map_err(|e| format!("can't be asked: could not read {}: {e}", path.display()))
+        read_pem(&path).map_err(|e| format!("can't be asked: could not read {}: {e}", path.printable()))
     };
     let client_tls = match (&tls.certificate, &tls.key) {
         (Some(certificate), Some(key)) => {
