@@ -96,6 +96,10 @@ pub enum Found {
     Directory,
     /// A socket, a device, ….
     Other,
+    /// A file of regfs that has another name as well.
+    Linked,
+    /// A file of regfs that somebody else wrote.
+    Foreign,
 }
 
 impl fmt::Display for Found {
@@ -105,6 +109,8 @@ impl fmt::Display for Found {
             Found::File => "a plain file, or below one",
             Found::Directory => "a directory",
             Found::Other => "neither a file nor a directory",
+            Found::Linked => "a file that has another name, too (a hard link): regfs did not make it",
+            Found::Foreign => "a file of a user who neither owns the storage nor is this one",
         })
     }
 }

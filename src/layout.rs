@@ -7,7 +7,7 @@
 //! repositories/<name>/_manifests/revisions/<alg>/<hex>/link
 //! repositories/<name>/_manifests/tags/<tag>/{current/link,index/<alg>/<hex>/link}
 //! repositories/<name>/_uploads/<uuid>/{startedat,data,hashstates/…}
-//! .regfs/{lock,reserve,trash/<transaction>/…,cache/manifests}            ours
+//! .regfs/{lock,reserve/…,trash/<transaction>/…,cache/manifests}          ours
 //! ```
 //! Pure: no I/O, nothing can fail but parsing. Source: distribution `registry/storage/paths.go`.
 
@@ -48,6 +48,13 @@ pub const DEAD: &str = ".regfs/dead";
 pub const STAGE_FILE: &str = "stage.json";
 /// The description of a transaction, inside it.
 pub const TRANSACTION_FILE: &str = "txn.json";
+
+/// Longest name of a repository in bytes that any registry serves: 255, and as long a first part that looks like a host,
+/// which registries from 3.0 on do not count.
+pub const LONGEST_NAME: usize = 255 + 1 + 255;
+/// Longest path in bytes, below a repository's part or a transaction, that is looked at: no registry makes one as
+/// long, and with what stands before it the kernel still takes it (`PATH_MAX`).
+pub const LONGEST_PATH: usize = 1024;
 
 /// Longest link in bytes that is worth reading: `sha512:` and 128 digits, and some more to show what is wrong.
 pub const LINK_LIMIT: usize = 4096;
@@ -206,6 +213,13 @@ pub fn signatures(repository: &Path, digest: &Digest, algorithm: Algorithm) -> P
 /// `.regfs/trash/<id>`.
 pub fn transaction(id: &str) -> PathBuf {
     Path::new(TRASH).join(id)
+}
+
+/// Whether `path` is regfs's own, and not something that was taken from a registry.
+pub fn is_own(path: &Path) -> bool {
+    let taken = path.strip_prefix(TRASH).ok().and_then(|inside| inside.components().nth(1));
+    path.starts_with(OWN)
+        && !taken.is_some_and(|first| [BLOBS, REPOSITORIES].iter().any(|part| first.as_os_str() == *part))
 }
 
 /// Whether a directory is one of a link or a blob: its name is the hexadecimal part of a digest.

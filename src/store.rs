@@ -200,6 +200,21 @@ pub trait Store: Send + Sync {
     /// Removes empty directories at and below `prefix`, bottom up. Nothing to do where a storage has none.
     fn prune(&self, prefix: &Path) -> Result<()>;
 
+    /// Removes everything below `prefix`, and it; nothing to do where there is none.
+    fn remove_tree(&self, prefix: &Path) -> Result<()> {
+        let mut paths = Vec::new();
+        for_each_below(self, prefix, &mut |path, _| paths.push(path))?;
+        self.remove(&paths).into_iter().next().map_or(Ok(()), Err)?;
+        self.prune(prefix)
+    }
+
+    /// Whether there is anything but directories below `prefix`, however deep.
+    fn holds_files(&self, prefix: &Path) -> Result<bool> {
+        let mut has_files = false;
+        for_each_below(self, prefix, &mut |_, _| has_files = true)?;
+        Ok(has_files)
+    }
+
     /// When something was last added to a directory or removed from it; `None` where there is no such directory, or
     /// the storage has none.
     fn directory_changed(&self, path: &Path) -> Result<Option<SystemTime>>;
@@ -237,6 +252,37 @@ pub trait Store: Send + Sync {
     fn full(&self, path: &Path) -> PathBuf;
 }
 
+/// How long a file may be that names each blob of the store and of the transactions `ids` once at most.
+///
+/// Blobs are counted only for a file that is longer than few names need.
+pub fn longest_list_of_blobs(store: &dyn Store, path: &Path, ids: &[&str]) -> Result<usize> {
+    /// Bytes that hold whatever else stands in such a file.
+    const FEW: usize = 1 << 20;
+    /// Bytes for a digest of the longest sort, with quotes and a comma.
+    const FOR_EACH: usize = 140;
+    match store.stat(path) {
+        Ok(Some(stat)) if stat.size > FEW as u64 => {}
+        // Whoever reads it meets what is wrong with it.
+        Ok(_) => return Ok(FEW),
+        Err(e) if e.is_damage() => return Ok(FEW),
+        Err(e) => return Err(e),
+    }
+    let directories = |path: &Path| -> Result<Vec<PathBuf>> {
+        let entries = store.list(path)?.unwrap_or_default().into_iter();
+        Ok(entries.filter(|e| e.kind == Kind::Directory).map(|e| path.join(e.name)).collect())
+    };
+    let mut blobs = 0usize;
+    let left = ids.iter().map(|id| layout::transaction(id).join(layout::BLOBS));
+    for root in left.chain([layout::BLOBS.into()]) {
+        for algorithm in directories(&root)? {
+            for shard in directories(&algorithm)? {
+                store.list_each(&shard, &mut |_, _| blobs += 1)?;
+            }
+        }
+    }
+    Ok(FEW.saturating_add(blobs.saturating_mul(FOR_EACH)))
+}
+
 /// The digest that a link file holds; `None` where there is no file, or none that holds one.
 pub fn read_link(store: &dyn Store, path: &Path) -> Result<Option<Digest>> {
     match store.read(path, layout::LINK_LIMIT) {
@@ -245,16 +291,34 @@ pub fn read_link(store: &dyn Store, path: &Path) -> Result<Option<Digest>> {
     }
 }
 
-/// Every file below `prefix`, depth first; symlinks and the like too, with their kind.
+/// Every file below `prefix`, in no particular order; symlinks and the like too, with their kind.
+///
+/// A directory that is nested too deep for anything in it to be a registry's is told itself, instead of what is in it.
 pub fn walk(store: &dyn Store, prefix: &Path, each: &mut dyn FnMut(PathBuf, Kind)) -> Result<()> {
-    for entry in store.list(prefix)?.unwrap_or_default() {
-        let path = prefix.join(&entry.name);
-        match entry.kind {
-            Kind::Directory => walk(store, &path, each)?,
-            kind => each(path, kind),
+    for_each_below(store, prefix, each)
+}
+
+fn for_each_below<S: Store + ?Sized>(
+    store: &S,
+    prefix: &Path,
+    each: &mut dyn FnMut(PathBuf, Kind),
+) -> Result<()> {
+    let mut directories = vec![prefix.to_path_buf()];
+    while let Some(directory) = directories.pop() {
+        for entry in store.list(&directory)?.unwrap_or_default() {
+            let path = directory.join(&entry.name);
+            match entry.kind {
+                Kind::Directory if !is_too_deep(prefix, &path) => directories.push(path),
+                kind => each(path, kind),
+            }
         }
     }
     Ok(())
+}
+
+/// Whether a directory below `prefix` is nested so deep that nothing in it can be a registry's.
+pub fn is_too_deep(prefix: &Path, directory: &Path) -> bool {
+    directory.as_os_str().len() > prefix.as_os_str().len() + layout::LONGEST_PATH
 }
 
 /// Checks that `kind` is a file's; the error of all implementations otherwise.

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Moment;
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Found, Result};
 use crate::layout::{self, Kind};
 use crate::printable::Printable;
 use crate::store::{self, Store};
@@ -78,8 +78,9 @@ impl Record {
 
 /// What a transaction of a collection is called.
 pub const SWEEP: &str = "sweep";
-/// What a crash or a full disk may leave of a description.
-const UNWRITTEN: [&str; 2] = ["txn.json.tmp", "stage.json.tmp"];
+/// What a transaction has of its own, and what a crash or a full disk may leave of that, in the order in which it goes:
+/// the description last, since what is left of one without it has no age.
+const OWN_FILES: [&str; 4] = ["txn.json.tmp", "stage.json.tmp", layout::STAGE_FILE, layout::TRANSACTION_FILE];
 /// Longest description in bytes.
 const RECORD_LIMIT: usize = 1 << 20;
 
@@ -182,7 +183,7 @@ pub struct Contents {
     pub record: std::result::Result<Record, String>,
     /// How far it has come, or why that can't be read; `None` for one that moved all it took at once.
     pub stage: Option<std::result::Result<Stage, String>>,
-    /// The files in it under the paths they came from, in order.
+    /// The files in it under the paths they came from, in order; for what is nested too deep, the directory.
     pub files: Vec<PathBuf>,
 }
 
@@ -269,9 +270,7 @@ impl Contents {
             return Ok(());
         }
         let directory = layout::transaction(&self.id);
-        // The description last: what is left of one without it has no age.
-        let own = UNWRITTEN.into_iter().chain([layout::STAGE_FILE, layout::TRANSACTION_FILE]);
-        let failures = store.remove(&own.map(|name| directory.join(name)).collect::<Vec<_>>());
+        let failures = remove_all(store, &OWN_FILES.map(|name| directory.join(name)));
         failures.into_iter().next().map_or(Ok(()), Err)?;
         store.prune(&directory)
     }
@@ -287,6 +286,18 @@ impl Contents {
             }
         }
         Ok(bytes)
+    }
+}
+
+/// Removes files in the trash; a directory among them, which no registry made, goes with all that is in it.
+fn remove_all(store: &dyn Store, paths: &[PathBuf]) -> Vec<Error> {
+    let remove = |path: &PathBuf| match store.remove(std::slice::from_ref(path)).pop() {
+        Some(Error::Misplaced { found: Found::Directory, .. }) => store.remove_tree(path).err(),
+        result => result,
+    };
+    match store.remove(paths) {
+        failures if failures.is_empty() => failures,
+        _ => paths.iter().filter_map(remove).collect(),
     }
 }
 
@@ -335,9 +346,7 @@ pub fn read(store: &dyn Store, id: &str) -> Result<Contents> {
     let mut files = Vec::new();
     store::walk(store, &directory, &mut |path, _| {
         if let Ok(inside) = path.strip_prefix(&directory)
-            && !inside.starts_with(layout::TRANSACTION_FILE)
-            && inside != Path::new(layout::STAGE_FILE)
-            && !UNWRITTEN.iter().any(|name| inside == Path::new(name))
+            && !OWN_FILES.iter().any(|own| inside.starts_with(own))
         {
             files.push(inside.to_path_buf());
         }

@@ -171,7 +171,7 @@ impl World {
     }
 
     fn reserve(&self) -> PathBuf {
-        self.store.path(".regfs/reserve")
+        self.store.path(".regfs/reserve/bytes")
     }
 }
 

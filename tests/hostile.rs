@@ -310,45 +310,6 @@ fn a_sweep_keeps_the_blobs_of_a_manifest_that_cannot_be_moved() {
     assert!(!store.blob(&common::check::sha256(b"garbage")).exists(), "the rest goes");
 }
 
-/// Something that whoever opens it waits for.
-fn pipe(path: &std::path::Path) {
-    fs::create_dir_all(path.parent().unwrap()).unwrap();
-    common::run::clean("mkfifo").arg(path).outcome().exits(0);
-}
-
-#[test]
-fn named_pipes_in_the_place_of_our_own_files_hang_nothing() {
-    for own in ["reserve", "new.tmp", "lock", "cache/manifests", "cache/manifests.tmp"] {
-        let store = Store::new();
-        let digest = store.push(APP, Some("1"), &image("plain"));
-        let live = Live::of_repository(store.root(), APP);
-        fs::remove_file(store.layer_link(APP, &common::check::sha256(&image("plain").blobs[0]))).unwrap();
-        store.put_blob(b"garbage");
-        pipe(&store.path(".regfs").join(own));
-        gc(store.root(), &["--grace", "0", "--repair"]);
-        live.assert_intact();
-        assert!(store.revision_link(APP, &digest).exists());
-    }
-    let (store, elsewhere) = (Store::new(), common::scratch());
-    pipe(&elsewhere.path().join("manifests"));
-    gc(store.root(), &["--dry-run", "--cache-dir", elsewhere.path().to_str().unwrap()]);
-}
-
-#[test]
-fn a_blob_by_the_name_of_one_of_our_files_is_not_written_to() {
-    for own in ["reserve", "new.tmp", "cache/manifests.tmp"] {
-        let store = Store::new();
-        store.push(APP, Some("1"), &image("plain"));
-        let live = Live::of_repository(store.root(), APP);
-        let layer = common::check::sha256(&image("plain").blobs[0]);
-        fs::create_dir_all(store.path(".regfs/cache")).unwrap();
-        fs::hard_link(store.blob(&layer), store.path(".regfs").join(own)).unwrap();
-        fs::remove_file(store.layer_link(APP, &layer)).unwrap();
-        gc(store.root(), &["--grace", "0", "--repair"]);
-        live.assert_intact();
-    }
-}
-
 /// A cache that says of each image that it needs other layers.
 fn forge(cache: &std::path::Path, layers: &[String]) {
     let file = fs::read(cache).unwrap();

@@ -150,15 +150,19 @@ impl Source {
         }
     }
 
-    /// Whether nobody else can have written it. The checksums tell damage, not malice: who forges what a manifest
-    /// names makes garbage of an image.
-    fn is_ours(&self) -> std::result::Result<(), String> {
+    /// Facts about it, if it is a file.
+    fn facts(&self) -> std::result::Result<Option<fs::Metadata>, String> {
         let file = match self {
             Source::Store(reader) => reader.file(),
             Source::File(file) => Some(file),
         };
-        let Some(file) = file else { return Ok(()) };
-        let facts = file.metadata().map_err(|e| e.to_string())?;
+        file.map(File::metadata).transpose().map_err(|e| e.to_string())
+    }
+
+    /// Whether nobody else can have written it. The checksums tell damage, not malice: who forges what a manifest
+    /// names makes garbage of an image.
+    fn is_ours(&self) -> std::result::Result<(), String> {
+        let Some(facts) = self.facts()? else { return Ok(()) };
         let is_own = facts.uid() == 0 || facts.uid() == rustix::process::geteuid().as_raw();
         match facts.is_file() && is_own && facts.mode() & 0o022 == 0 {
             true => Ok(()),
@@ -195,6 +199,7 @@ impl Source {
             return Err("it begins like no cache of this version".to_string());
         }
         let mut offset = magic.len() as u64;
+        let size = self.facts()?.map_or(u64::MAX, |facts| facts.len());
         loop {
             let mut length = [0; 4];
             match self.read(&mut length, offset).map_err(|e| e.to_string())? {
@@ -203,7 +208,7 @@ impl Source {
                 _ => return Err("it is cut off".to_string()),
             }
             let length = u32::from_le_bytes(length) as usize;
-            if length > BLOCK_LIMIT {
+            if length > BLOCK_LIMIT || length as u64 > size.saturating_sub(offset) {
                 return Err("a block is too long".to_string());
             }
             buffer.resize(length + 32, 0);

@@ -287,38 +287,79 @@ impl<'a> Scan<'a> {
 
     /// Finds the repositories below a directory of `repositories`, and whether their names are valid.
     pub(super) fn namespace(&mut self, name: &Path, is_valid: bool, found: &mut Vec<(PathBuf, bool)>) {
-        if is_valid && !name.as_os_str().is_empty() {
-            self.namespaces.insert(name.to_path_buf());
+        let mut waiting = vec![(name.to_path_buf(), is_valid)];
+        while let Some((name, is_valid)) = waiting.pop() {
+            self.one_namespace(name, is_valid, found, &mut waiting);
         }
-        let path = layout::repository(name);
+    }
+
+    /// The same of one directory; those in it are `waiting` then.
+    fn one_namespace(
+        &mut self,
+        name: PathBuf,
+        is_valid: bool,
+        found: &mut Vec<(PathBuf, bool)>,
+        waiting: &mut Vec<(PathBuf, bool)>,
+    ) {
+        if is_valid && !name.as_os_str().is_empty() {
+            self.namespaces.insert(name.clone());
+        }
+        let path = layout::repository(&name);
         let mut is_repository = false;
         for entry in self.list(&path, Effect::StopsSweep) {
             let own =
                 [layout::MANIFESTS, layout::LAYERS, layout::UPLOADS].iter().any(|own| entry.name == *own);
             is_repository |= own && !name.as_os_str().is_empty();
-            let is_component = layout::is_name_component(&entry.name);
+            let below = name.join(&entry.name);
             match entry.kind {
                 // What `_manifests` or `_layers` is, the repository finds out.
                 _ if own => {}
-                Kind::Directory if is_component => {
-                    self.namespace(&name.join(entry.name), is_valid, found);
-                }
+                Kind::Directory if below.as_os_str().len() > layout::LONGEST_NAME => self.too_long(&below),
+                Kind::Directory if layout::is_name_component(&entry.name) => waiting.push((below, is_valid)),
                 Kind::Directory if entry.name.as_encoded_bytes().starts_with(b"_") => {
                     self.unknown_name(&path.join(&entry.name), "no part of a repository that regfs knows");
                 }
                 Kind::Directory => {
-                    let below = name.join(entry.name);
                     self.unknown_name(
                         &layout::repository(&below),
                         "no valid repository name; what it links is kept",
                     );
-                    self.namespace(&below, false, found);
+                    waiting.push((below, false));
                 }
                 kind => self.misplaced(&path.join(&entry.name), kind, Effect::StopsSweep),
             }
         }
         if is_repository {
-            found.push((name.to_path_buf(), is_valid));
+            found.push((name, is_valid));
+        }
+    }
+
+    /// Notes a directory whose name is longer than that of any repository. What it links can't be asked for; that it
+    /// links nothing at all is certain only where there is no file.
+    fn too_long(&mut self, name: &Path) {
+        let path = layout::repository(name);
+        let full = self.store.full(&path);
+        let longest = layout::LONGEST_NAME;
+        match self.store.holds_files(&path) {
+            Ok(false) => self.note(
+                &path,
+                format!(
+                    "{} is nested deeper than the name of a repository can be ({longest} characters); there are only \
+                     directories in it",
+                    full.printable()
+                ),
+                Effect::Ignored,
+            ),
+            Ok(true) => self.note(
+                &path,
+                format!(
+                    "{} is nested deeper than the name of a repository can be ({longest} characters), but there are \
+                     files in it; move them to somewhere else",
+                    full.printable()
+                ),
+                Effect::StopsSweep,
+            ),
+            Err(e) => self.failed(&path, &e, Effect::StopsSweep),
         }
     }
 

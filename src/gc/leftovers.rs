@@ -33,7 +33,7 @@ use crate::digest::{Algorithm, Digest};
 use crate::edit;
 use crate::error::Result;
 use crate::layout;
-use crate::store::{Entry, Kind, Stat, Store};
+use crate::store::{Entry, Kind, Stat, Store, is_too_deep};
 
 /// What a search knows.
 #[derive(Clone, Copy)]
@@ -521,6 +521,8 @@ impl Tree {
         for entry in entries {
             let path = path.join(&entry.name);
             match entry.kind {
+                // Deeper than anything that a registry makes.
+                Kind::Directory if is_too_deep(Path::new(""), &path) => self.has_strangers = true,
                 Kind::Directory => drop(self.add(store, &path)?),
                 Kind::File => self.files.push(path),
                 Kind::Symlink | Kind::Other => self.has_strangers = true,

@@ -4,8 +4,8 @@
 //! `openat2(RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)`: neither `..` nor a symlink planted in the store leads out of it.
 //! Renames are `renameat2(RENAME_NOREPLACE)`. Durability is one `syncfs` per step.
 //!
-//! `open` opens, `directory` lists and makes directories, `write` writes and moves; `lock` and `reserve` are about
-//! whoever changes the store.
+//! `open` opens, `directory` lists and makes directories, `write` writes and moves; `own`, `lock` and `reserve` are about
+//! regfs's own directory, `tree` about trees deeper than a path can be.
 //!
 //! # Cost
 //! `list`: open, getdents, close. `stat`: 3 calls. `read`: 4 calls for a file below 4 KiB.
@@ -13,7 +13,9 @@
 mod directory;
 mod lock;
 mod open;
+mod own;
 mod reserve;
+mod tree;
 mod write;
 
 use std::ffi::OsStr;
@@ -27,7 +29,7 @@ use rustix::io::Errno;
 
 use self::directory::DiskDirectory;
 use self::open::{DiskFile, kind_of, resolve_flags, stat_of};
-pub use self::reserve::RESERVE_BYTES;
+pub use self::reserve::{RESERVE_BYTES, RESERVE_INODES};
 use super::{Directory, Entry, Kind, Reader, Space, Stat, Store, expect_file};
 use crate::error::{Error, Found, Result};
 use crate::layout;
@@ -164,6 +166,14 @@ impl Store for Disk {
 
     fn prune(&self, prefix: &Path) -> Result<()> {
         self.prune_below(prefix)
+    }
+
+    fn remove_tree(&self, path: &Path) -> Result<()> {
+        self.remove_tree_at(path)
+    }
+
+    fn holds_files(&self, prefix: &Path) -> Result<bool> {
+        self.holds_files_below(prefix)
     }
 
     fn directory_changed(&self, path: &Path) -> Result<Option<SystemTime>> {
@@ -327,7 +337,7 @@ mod tests {
     #[test]
     fn the_reserve_is_there_whenever_the_lock_is_free() {
         let (_directory, disk) = fixture();
-        let reserve = disk.full(Path::new(".regfs/reserve"));
+        let reserve = disk.full(Path::new(".regfs/reserve/bytes"));
         let size = || reserve.metadata().ok().map(|m| m.len());
         let guard = disk.lock("regfs gc", Duration::ZERO).unwrap();
         assert_eq!(size(), Some(RESERVE_BYTES));

@@ -191,6 +191,14 @@ impl Store for Paced<'_> {
         self.turn().prune(prefix)
     }
 
+    fn remove_tree(&self, prefix: &Path) -> Result<()> {
+        self.turn().remove_tree(prefix)
+    }
+
+    fn holds_files(&self, prefix: &Path) -> Result<bool> {
+        self.turn().holds_files(prefix)
+    }
+
     fn directory_changed(&self, path: &Path) -> Result<Option<SystemTime>> {
         self.turn().directory_changed(path)
     }

@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::undo::Needs;
-use super::{Contents, contents, find, order_of_return};
+use super::{Contents, contents, find, order_of_return, remove_all};
 use bytesize::ByteSize;
 
 use crate::error::{Error, Result, count};
@@ -198,7 +198,7 @@ impl<'a> Doomed<'a> {
                     Err(e) => log::debug!("{e}"),
                 }
             }
-            let failures = store.remove(some);
+            let failures = remove_all(store, some);
             match failures.is_empty() {
                 true => purged.bytes += bytes,
                 false => self.is_stuck = true,

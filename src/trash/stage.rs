@@ -17,10 +17,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::printable::Printable;
-use crate::store::Store;
-
-/// Longest file: a million blobs take 75 MB.
-const LIMIT: usize = 1 << 30;
+use crate::store::{Store, longest_list_of_blobs};
 
 /// How far a sweep has come.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,7 +93,7 @@ impl Stage {
     /// Reads that of transaction `id`; `None` for one that never had any, an error in words for one that can't be read.
     pub fn read(store: &dyn Store, id: &str) -> Result<Option<std::result::Result<Stage, String>>> {
         let path = layout::transaction(id).join(layout::STAGE_FILE);
-        match store.read(&path, LIMIT) {
+        match store.read(&path, longest_list_of_blobs(store, &path, &[id])?) {
             Ok(None) => Ok(None),
             Ok(Some((text, _))) => {
                 let read = serde_json::from_slice(&text);

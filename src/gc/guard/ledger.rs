@@ -16,10 +16,7 @@ use crate::digest::Digest;
 use crate::error::{Result, count};
 use crate::layout;
 use crate::printable::Printable;
-use crate::store::Store;
-
-/// Longest file: a million blobs take 75 MB.
-const LIMIT: usize = 1 << 30;
+use crate::store::{Store, longest_list_of_blobs};
 
 /// A line of the file: what was first seen dead at one look.
 #[derive(Serialize, Deserialize)]
@@ -40,7 +37,7 @@ impl Ledger {
     /// Reads it; what can't be read was never seen dead.
     pub fn read(store: &dyn Store, tables: &Tables) -> Result<Ledger> {
         let path = Path::new(layout::DEAD);
-        let text = match store.read(path, LIMIT) {
+        let text = match store.read(path, longest_list_of_blobs(store, path, &[])?) {
             Ok(content) => content.map_or_else(Vec::new, |(text, _)| text),
             Err(e) if e.is_damage() => {
                 log::warn!("{e}: what is dead is so from now on");

@@ -14,7 +14,7 @@ use super::open::{kind_of, resolve_flags, stat_of};
 use crate::error::Result;
 use crate::layout;
 use crate::printable::Printable;
-use crate::store::{Directory, Kind, Stat, Store};
+use crate::store::{Directory, Kind, Stat, Store, is_too_deep};
 
 /// Bytes for one `getdents64`; about 350 digests fit.
 const LIST_BUFFER: usize = 32 << 10;
@@ -103,6 +103,11 @@ impl Disk {
         let fd = match self.open_below(prefix, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()) {
             Ok(fd) => fd,
             Err(Errno::NOENT) => return Ok(Some(false)),
+            // Ours to replace with the next change: until then there is nothing of ours.
+            Err(e @ (Errno::NOTDIR | Errno::LOOP)) if layout::is_own(prefix) => {
+                log::warn!("{}: regfs ignores it", self.error(doing, prefix, e));
+                return Ok(Some(false));
+            }
             Err(e) => return Err(self.error(doing, prefix, e)),
         };
         let mut buffer = [MaybeUninit::uninit(); LIST_BUFFER];
@@ -140,6 +145,10 @@ impl Disk {
         match self.open_below(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) {
             Ok(_) => return Ok(()),
             Err(Errno::NOENT) => {}
+            Err(Errno::NOTDIR | Errno::LOOP) if layout::is_own(path) => {
+                self.make_directories(path.parent().unwrap_or(Path::new("")), None)?;
+                self.clear(path)?;
+            }
             Err(e) => return Err(self.error("open the directory", path, e)),
         }
         let like = like.filter(|model| model.file_name() == path.file_name());
@@ -153,6 +162,11 @@ impl Disk {
             Ok(()) => {}
             Err(Errno::EXIST) => return Ok(()),
             Err(e) => return Err(self.error(doing, path, e)),
+        }
+        if like.is_none() && path.starts_with(layout::OWN) {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+            let made = self.open_below(path, flags, Mode::empty()).map_err(|e| self.error(doing, path, e))?;
+            return self.adopt(&made, path);
         }
         match like.map(|model| self.open_below(model, OFlags::PATH, Mode::empty())) {
             Some(Ok(model)) => self.copy_ownership(&model, path),
@@ -202,16 +216,27 @@ impl Disk {
     }
 
     pub(super) fn prune_below(&self, prefix: &Path) -> Result<()> {
-        for entry in self.list(prefix)?.unwrap_or_default() {
-            if entry.kind == Kind::Directory {
-                self.prune_below(&prefix.join(entry.name))?;
+        let mut directories = vec![prefix.to_path_buf()];
+        let mut next = 0;
+        while let Some(directory) = directories.get(next).cloned() {
+            for entry in self.list(&directory)?.unwrap_or_default() {
+                let path = directory.join(entry.name);
+                // What is deeper than anything of a registry stays, and with it what is above.
+                if entry.kind == Kind::Directory && !is_too_deep(prefix, &path) {
+                    directories.push(path);
+                }
             }
+            next += 1;
         }
         let doing = "remove the empty directory";
-        let Some((parent, name)) = self.parent(prefix, doing)? else { return Ok(()) };
-        match fs::unlinkat(&parent, name, AtFlags::REMOVEDIR) {
-            Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
-            Err(e) => Err(self.error(doing, prefix, e)),
+        // Each comes after the one that it is in.
+        for directory in directories.iter().rev() {
+            let Some((parent, name)) = self.parent(directory, doing)? else { continue };
+            match fs::unlinkat(&parent, name, AtFlags::REMOVEDIR) {
+                Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => {}
+                Err(e) => return Err(self.error(doing, directory, e)),
+            }
         }
+        Ok(())
     }
 }

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use super::Disk;
 use crate::error::{Error, Result};
+use crate::layout;
 use crate::store::{Kind, Reader, Stat, Store, expect_file};
 
 impl Disk {
@@ -79,7 +80,12 @@ impl Disk {
             Err(e) => return Err(self.error(doing, path, e)),
         };
         let stat = fs::fstat(&fd).map_err(|e| self.error(doing, path, e))?;
-        expect_file(kind_of(FileType::from_raw_mode(stat.st_mode as RawMode)), self.full(path))?;
+        match layout::is_own(path) {
+            true => self.expect_own(path, &stat)?,
+            false => {
+                expect_file(kind_of(FileType::from_raw_mode(stat.st_mode as RawMode)), self.full(path))?;
+            }
+        }
         Ok(Some((File::from(fd), stat_of(&stat))))
     }
 }

@@ -37,7 +37,15 @@ impl Disk {
             return Err(self.error(doing, path, Errno::NOENT));
         };
         let temporary_name = temporary.file_name().unwrap_or_default();
-        fs::renameat(&parent, temporary_name, &parent, name).map_err(|e| self.error(doing, path, e))
+        match fs::renameat(&parent, temporary_name, &parent, name) {
+            // A directory stands in its place.
+            Err(Errno::ISDIR) if layout::is_own(path) => {
+                self.clear(path)?;
+                fs::renameat(&parent, temporary_name, &parent, name)
+            }
+            result => result,
+        }
+        .map_err(|e| self.error(doing, path, e))
     }
 
     pub(super) fn rename_once(&self, from: &Path, to: &Path) -> Result<bool> {
@@ -61,12 +69,12 @@ impl Disk {
     /// Makes a file of our own. What stands there goes: what a crash left, or something planted, as a named pipe that
     /// would keep us waiting for a reader, or another name of a blob.
     fn create_own(&self, path: &Path, doing: &'static str) -> Result<File> {
-        if let Some(e) = self.remove(&[path.to_path_buf()]).into_iter().next() {
-            return Err(e);
-        }
+        self.clear(path)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
         let fd = self.open_below(path, flags, Mode::from_raw_mode(0o600));
-        fd.map(File::from).map_err(|e| self.error(doing, path, e))
+        let file = fd.map(File::from).map_err(|e| self.error(doing, path, e))?;
+        self.adopt(&file, path)?;
+        Ok(file)
     }
 
     /// Writes what shall become `path` in `parent`, with owner and mode that fit there; returns where it lies.
