@@ -21,7 +21,8 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
-use crate::error::Result;
+use crate::advice::Place;
+use crate::error::{Error, Result};
 use crate::printable::{self, Printable};
 use crate::registry_config::{self, StoreArgument, Variables};
 use crate::store::disk::Disk;
@@ -43,7 +44,7 @@ struct Args {
 const AFTER_HELP: &str = "\
 Nothing is deleted for good but by a purge: rm and gc move things to a trash inside the store.
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but some of it failed.
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but some of it failed, or was held back.
 RUST_LOG=regfs=info (or debug) shows what is going on.";
 
 #[derive(Subcommand, Debug)]
@@ -84,6 +85,17 @@ enum Command {
 }
 
 impl Command {
+    /// The store that the command is about, as it was typed.
+    fn store(&self) -> Option<&Path> {
+        match self {
+            Command::Mount(args) => Some(args.store()),
+            Command::Gc(args) => Some(args.store()),
+            Command::Trash(args) => Some(args.store()),
+            Command::Why(args) => Some(args.store()),
+            Command::Umount { .. } | Command::Guardian { .. } | Command::Sample { .. } => None,
+        }
+    }
+
     fn settled(self) -> Command {
         match self {
             Command::Mount(mount) => Command::Mount(mount.settled()),
@@ -104,11 +116,13 @@ fn start_logging(command: &Command) -> Result<()> {
     if let Some(file) = log_file {
         logger.target(env_logger::Target::Pipe(Box::new(file)));
     }
-    logger.format(|out, record| {
+    // A mount is commanded by its control files.
+    let place = if matches!(command, Command::Mount(_)) { Place::ControlFile } else { output::place() };
+    logger.format(move |out, record| {
         let (time, level, style) =
             (out.timestamp_seconds(), record.level(), out.default_level_style(record.level()));
         // What goes on in a second line is set off, so that no line looks like another message.
-        let text = printable::lines(&record.args().to_string()).replace('\n', "\n  ");
+        let text = printable::lines(&place.say(&record.args().to_string())).replace('\n', "\n  ");
         writeln!(out, "[{time} {style}{level:<5}{style:#} {}] {text}", record.target())
     });
     logger.init();
@@ -127,6 +141,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>, environment: Environment<'
             return ExitCode::from(if e.use_stderr() || is_help_for_nothing(&e) { 2 } else { 0 });
         }
     };
+    output::set_store(command.store());
     let result = start_logging(&command).and_then(|()| match command {
         Command::Mount(mount) => mount::run(&mount, &args, environment),
         Command::Umount { mountpoint, lazy } => mount::umount(&mountpoint, lazy),
@@ -144,7 +159,11 @@ pub fn main(args: impl IntoIterator<Item = OsString>, environment: Environment<'
         Ok(Outcome::Unfinished) => ExitCode::from(3),
         Err(e) => {
             say(&format!("regfs: {e}"));
-            ExitCode::FAILURE
+            match e {
+                // Nothing failed, and nothing was done.
+                Error::HeldBack { .. } => ExitCode::from(3),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -185,13 +204,13 @@ fn open(argument: &Path, environment: Environment<'_>) -> Result<Disk> {
 
 /// Writes a result for people to stdout.
 fn print(text: &str) -> Result<()> {
-    output::to_stdout(|out| out.write_all(printable::lines(text).as_bytes()))
+    output::to_stdout(|out| out.write_all(printable::lines(&output::place().say(text)).as_bytes()))
 }
 
 /// Tells people on stderr what their result does not say.
 fn say(text: &str) {
     // Nobody is left to tell when stderr can't be written to.
-    let _ = writeln!(std::io::stderr(), "{}", printable::lines(text));
+    let _ = writeln!(std::io::stderr(), "{}", printable::lines(&output::place().say(text)));
 }
 
 /// What was typed, for the log and for `txn.json`.

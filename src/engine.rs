@@ -15,6 +15,7 @@ pub mod forgetting;
 pub mod fresh;
 mod guarding;
 mod journal;
+mod keeping;
 mod remove;
 mod retag;
 mod retired;
@@ -26,6 +27,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::advice::{Advice, Place};
 use crate::catalog::cache::{self, News, Place as CachePlace};
 use crate::catalog::intern::DigestId;
 use crate::catalog::scan::scan;
@@ -34,8 +36,9 @@ use crate::error::{Error, Result};
 use crate::gc::guard::gate::{Gate, Said};
 use crate::gc::guard::state;
 use crate::gc::named::Named;
-use crate::gc::report::{Place, timestamp};
+use crate::gc::report::timestamp;
 use crate::gc::{self, Options, give_back};
+use crate::keeper::Keeper;
 use crate::printable;
 use crate::progress::Watched;
 use crate::registries::Known;
@@ -68,6 +71,11 @@ fn answer_to(command: &str, answer: &str) -> String {
     format!("answer to {:?} at {}:\n{lines}", command.trim(), timestamp(SystemTime::now()))
 }
 
+/// Whether the control file says what came of a command although that failed.
+fn has_answered(error: &Error) -> bool {
+    matches!(error, Error::Unfinished { .. } | Error::HeldBack { .. })
+}
+
 /// A mounted registry.
 pub struct Engine {
     store: Arc<dyn Store>,
@@ -86,6 +94,8 @@ pub struct Engine {
     /// The first catalog and the links known before, until what is news is kept for the next mount.
     unkept: Mutex<Option<(Catalog, Catalog)>>,
     registries: Known,
+    /// What of them says who keeps the tags, and since when that is known.
+    keeper: Mutex<Option<(Instant, Keeper)>>,
     /// What pushes are about to name.
     named: Named,
     guarded: Mutex<Option<Guarded>>,
@@ -203,6 +213,7 @@ impl Engine {
             watch: Mutex::default(),
             unkept: Mutex::new(unkept),
             registries: Known::default(),
+            keeper: Mutex::default(),
             named: Named::default(),
             guarded: Mutex::default(),
             is_retired: AtomicBool::new(false),
@@ -359,7 +370,7 @@ impl Engine {
             Node::ControlLog => return Some(locked(&self.journal).text().into_bytes().into()),
             _ => return None,
         };
-        Some(printable::lines(&text).into_bytes().into())
+        Some(printable::lines(&Place::ControlFile.say(&text)).into_bytes().into())
     }
 
     /// The content of any generated file.
@@ -417,12 +428,10 @@ impl Engine {
             let mut reports = locked(&self.reports);
             match node {
                 // A command that is not taken while one runs must not hide the report of that one.
-                Node::ControlGc if !matches!(e, Error::Busy { .. } | Error::Unfinished { .. }) => {
+                Node::ControlGc if !has_answered(e) && !matches!(e, Error::Busy { .. }) => {
                     reports.gc = answer
                 }
-                Node::ControlTrash if !matches!(e, Error::Unfinished { .. }) => {
-                    reports.trash = Some(answer_to(text, &answer))
-                }
+                Node::ControlTrash if !has_answered(e) => reports.trash = Some(answer_to(text, &answer)),
                 _ => {}
             }
         }
@@ -468,7 +477,7 @@ impl Engine {
                         if background {
                             engine.failed(&e.to_string());
                         }
-                        if !matches!(e, Error::Unfinished { .. }) {
+                        if !has_answered(e) {
                             locked(&engine.reports).gc = format!("{e}\n");
                         }
                     }
@@ -488,11 +497,8 @@ impl Engine {
     /// Runs a collection; `is_running` was set by the caller.
     fn collect(&self, options: Options, said: Said, author: &Author) -> Result<()> {
         let running = Running(&self.run);
-        let gate = match self.registries.gate(said) {
-            Err(_) if options.dry_run => Gate::unknown(),
-            gate => gate?,
-        };
-        let options = &Options { gate, named: self.named.clone(), ..options };
+        let (gate, refusal) = Gate::of_run(self.registries.gate(said), options.dry_run)?;
+        let options = &Options { gate, refusal, keeper: self.keeper(), named: self.named.clone(), ..options };
         gc::yield_to_clients(options);
         self.run.tells_nobody.store(!matches!(options.gate, Gate::Probe(_)), Ordering::SeqCst);
         let result = gc::run(&*self.store, &self.tables, options, author, &self.run.watched);
@@ -508,38 +514,49 @@ impl Engine {
         }
         let what = report.outcome();
         let action = if options.dry_run { "dry-run" } else { "sweep" };
-        self.note(
-            author,
-            action,
-            &what,
-            if report.is_complete() { "done" } else { "finished with failures" },
-        );
+        let held_back = report.held_back().filter(|_| !options.dry_run);
+        let result = match &held_back {
+            Some(why) => format!("held back: {why}"),
+            None if report.is_complete() => "done".to_string(),
+            None => "finished with failures".to_string(),
+        };
+        self.note(author, action, &what, &result);
+        for id in report.purged_transactions.iter().filter(|_| !options.dry_run) {
+            self.note(author, "purge", id, "the trash kept it long enough");
+        }
+        for id in report.dropped_transactions.iter().filter(|_| !options.dry_run) {
+            self.note(author, "drop", id, "its undo needed bytes that are gone now");
+        }
         let text = report.text(Place::ControlFile, report.details_for_control_file());
         let is_complete = report.is_complete();
         drop(report);
         locked(&self.reports).gc = text;
         drop(running);
-        match is_complete {
-            true => Ok(()),
-            false => Err(Error::Unfinished { see: "control/gc" }),
+        match held_back {
+            _ if !is_complete => Err(Error::Unfinished { see: "control/gc" }),
+            Some(why) => Err(Error::HeldBack { why }),
+            None => Ok(()),
         }
     }
 
     fn trash_command(&self, text: &str, author: &Author) -> Result<()> {
+        let mut is_held_back = false;
         let (action, what, answer, is_complete) = match control::parse_trash(text)? {
             TrashCommand::Undo(id) => {
                 let undone = gc::undo(&*self.store, author, &id)?;
-                let answer = undone.text(&Place::ControlFile.trash("undo", &undone.id));
+                let answer = undone.text(&Advice::Undo(undone.id.clone()).at(Place::ControlFile));
                 ("undo", undone.id.clone(), answer, undone.is_complete())
             }
             TrashCommand::UndoWhich => {
-                let command = Place::ControlFile.trash("undo", LAST);
+                let command = Advice::Undo(LAST.to_string()).at(Place::ControlFile);
                 return Err(Error::invalid(which(&*self.store, &command)?));
             }
             TrashCommand::Purge(selection, said) => {
                 let gate = self.registries.gate(said)?;
-                let purged = gc::purge_trash(&*self.store, &self.tables, author, &selection, &gate)?;
-                ("purge", purged.transactions.join(" "), purged.text(), purged.failures.is_empty())
+                let options = Options { gate, keeper: self.keeper(), ..Options::default() };
+                let purged = gc::purge_trash(&*self.store, &self.tables, author, &selection, &options)?;
+                is_held_back = purged.failures.is_empty() && !purged.kept.is_empty();
+                ("purge", purged.transactions.join(" "), purged.text(), purged.is_complete())
             }
         };
         self.publish_anew();
@@ -547,6 +564,9 @@ impl Engine {
         locked(&self.reports).trash = Some(answer_to(text, &answer));
         match is_complete {
             true => Ok(()),
+            false if is_held_back => Err(Error::HeldBack {
+                why: "some of what was to be purged stays; control/trash says why".to_string(),
+            }),
             false => Err(Error::Unfinished { see: "control/trash" }),
         }
     }

@@ -71,6 +71,16 @@ pub enum Error {
         /// Where it stands.
         see: &'static str,
     },
+    /// Somebody else keeps what was to be changed.
+    NotOurs {
+        /// Who, what tells it, and where to change it instead.
+        why: String,
+    },
+    /// Nothing was done, although there is something to do.
+    HeldBack {
+        /// Why, with the next step.
+        why: String,
+    },
     /// Removing this means nothing.
     NotPermitted {
         /// Why.
@@ -143,10 +153,10 @@ impl Error {
             Error::Exists { .. } => libc::EEXIST,
             Error::NotFound { .. } => libc::ENOENT,
             Error::Busy { .. } => libc::EBUSY,
-            Error::Changed { .. } => libc::EAGAIN,
+            Error::Changed { .. } | Error::HeldBack { .. } => libc::EAGAIN,
             Error::NotEmpty { .. } => libc::ENOTEMPTY,
             Error::Invalid { .. } => libc::EINVAL,
-            Error::NotPermitted { .. } => libc::EPERM,
+            Error::NotPermitted { .. } | Error::NotOurs { .. } => libc::EPERM,
             Error::ReadOnly => libc::EROFS,
             Error::Unjudged { .. } | Error::Unfinished { .. } => libc::EIO,
         }
@@ -174,6 +184,7 @@ impl fmt::Display for Error {
             Error::Exists { path } => write!(f, "{} exists already and is not replaced", path.printable()),
             Error::NotFound { what } => write!(f, "there is no {}", what.printable()),
             Error::Busy { why } | Error::Invalid { why } => f.write_str(why),
+            Error::NotOurs { why } | Error::HeldBack { why } => f.write_str(why),
             Error::Changed { what } => {
                 write!(f, "{} changed meanwhile; look again, then try again", what.printable())
             }

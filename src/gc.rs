@@ -14,7 +14,9 @@
 //! 5. What a manifest names again is given back before anything else ([`mod@give_back`]).
 //! 6. Unless it is said that no registry runs, blobs go in steps, a run for each ([`guard`]).
 
+pub mod brake;
 mod collect;
+mod foresee;
 pub mod forget;
 pub mod give_back;
 pub mod guard;

@@ -4,6 +4,7 @@
 
 #![warn(clippy::disallowed_methods)]
 
+pub mod advice;
 pub mod catalog;
 pub mod cli;
 pub mod clock;
@@ -13,6 +14,7 @@ pub mod engine;
 pub mod error;
 pub mod fuse;
 pub mod gc;
+pub mod keeper;
 pub mod layout;
 pub mod manifest;
 pub mod printable;

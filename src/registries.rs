@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::{All, Gate, Looks, Probe, Registries, Said, Witness};
+use crate::keeper::{Keeper, Metadata};
 use crate::printable::Printable;
 use crate::registry_config::{self, RedisConfig, StoreArgument};
 use http::{Access, Client, Place, Seen};
@@ -35,6 +36,8 @@ pub struct Known {
     root: Option<PathBuf>,
     /// The config.yml that names it; read again each time, for it may change while we run.
     config: Option<PathBuf>,
+    /// Where that said that tags and manifests are kept.
+    metadata: Metadata,
     named: Vec<Place>,
     access: Access,
     /// The redis that was named, with its password.
@@ -48,6 +51,7 @@ impl Known {
             // A daemon leaves its working directory.
             root: Some(absolute(&argument.storage_root)),
             config: argument.from_config.as_deref().map(absolute),
+            metadata: argument.metadata(),
             named: Place::distinct(urls.iter().map(|url| Place::new(url, true)).collect()),
             access,
             redis: None,
@@ -95,6 +99,22 @@ impl Known {
             true => witness,
             false => Witness(Some(Arc::new(Outlived { witness, told: All(told) }))),
         }))
+    }
+
+    /// Who keeps the tags of the storage, as configurations tell: the one that was given, as it was and as it is now, and
+    /// those of the registries that run here.
+    pub fn keeper(&self) -> Keeper {
+        let mut keeper = Keeper::of(self.root.clone());
+        if let Some(path) = &self.config {
+            let now = registry_config::resolve(path, &std::env::vars_os().collect());
+            let now = now.ok().filter(|config| self.is_ours(config)).map(|config| config.metadata());
+            keeper.hears(self.metadata.max(now.unwrap_or_default()), &path.printable());
+        }
+        match self.running() {
+            Ok(running) => running.iter().for_each(|process| keeper.hears(process.metadata(), process)),
+            Err(e) => log::warn!("{e}"),
+        }
+        keeper
     }
 
     /// All that can be known without asking a registry.

@@ -34,6 +34,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::keeper::Metadata;
 use crate::printable::Printable;
 pub use facts::{Database, RedisConfig, RedisTls};
 use facts::{at, flag, text};
@@ -79,6 +80,18 @@ pub struct StoreArgument {
     pub database: Option<Database>,
     /// Whether it is the registry of a Harbor, which keeps tags and retention in a database of its own.
     pub is_harbor: bool,
+}
+
+impl StoreArgument {
+    /// Where this registry keeps tags and manifests.
+    pub fn metadata(&self) -> Metadata {
+        match (self.database, self.is_harbor) {
+            (Some(Database::Enabled), _) => Metadata::Database,
+            (Some(Database::Prefer), _) => Metadata::DatabasePreferred,
+            (None, true) => Metadata::Harbor,
+            (None, false) => Metadata::Storage,
+        }
+    }
 }
 
 /// Finds out what `argument` means in an environment of `variables`.

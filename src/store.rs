@@ -9,6 +9,7 @@
 //! keys, as an object store would, and serves tests.
 
 pub mod disk;
+pub mod imagined;
 pub mod memory;
 pub mod paced;
 

@@ -159,10 +159,11 @@ fn the_environment_overrides_the_configuration() {
     let (store, empty, dir) = (store(), Store::new(), scratch());
     let file =
         config(dir.path(), "version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: ROOT\n", empty.root());
-    let outcome = regfs(["gc", text(&file), "--dry-run", "--grace", "0", "--json"])
-        .env("REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY", store.root())
-        .outcome()
-        .exits(0);
+    let outcome =
+        regfs(["gc", text(&file), "--dry-run", "--grace", "0", "--json", "--registry-stopped", "--force"])
+            .env("REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY", store.root())
+            .outcome()
+            .exits(0);
     assert_eq!(Report::parse(&outcome).taken_blobs(), BTreeSet::from([sha256(GARBAGE)]));
 }
 
@@ -213,7 +214,7 @@ fn a_dry_run_changes_nothing_at_all() {
 #[test]
 fn the_text_report_is_short_and_lists_all_on_request() {
     let store = store();
-    let arguments = ["gc", text(store.root()), "--dry-run", "--grace", "0"];
+    let arguments = ["gc", text(store.root()), "--dry-run", "--grace", "0", "--registry-stopped", "--force"];
     let line = format!("blob {} {} B: ", sha256(GARBAGE), GARBAGE.len());
     let outcome = run(&arguments).exits(0);
     assert!(!outcome.stdout.contains(&line) && outcome.stderr.is_empty(), "{outcome}");
@@ -230,8 +231,8 @@ fn the_text_report_is_short_and_lists_all_on_request() {
 
 /// The JSON report of a dry run with these flags.
 fn json(store: &Store, flags: &[&str]) -> Value {
-    let outcome =
-        regfs(["gc"]).arg(store.root()).args(["--dry-run", "--format", "json"]).args(flags).outcome();
+    let stopped = ["--dry-run", "--format", "json", "--registry-stopped", "--force"];
+    let outcome = regfs(["gc"]).arg(store.root()).args(stopped).args(flags).outcome();
     serde_json::from_str(&outcome.exits(0).stdout).unwrap()
 }
 
@@ -302,9 +303,12 @@ fn a_problem_says_how_much_it_holds_back() {
 fn the_document_has_the_fields_of_the_json_report() {
     let store = store();
     store.push("app", None, &Image::oci("gone", &[layer("gone", "1")]));
+    store.push("other", None, &Image::oci("other", &[layer("other", "1")]));
     put(&store.repository("app", "_manifests/tags/odd/current/link"), b"no digest");
     let mut report = json(&store, &["--grace", "0", "--untagged"]);
-    report["kept_young"] = json(&store, &["--grace", "1h"])["kept_young"].clone();
+    for young in ["kept_young", "kept_young_manifests"] {
+        report[young] = json(&store, &["--grace", "1h", "--untagged"])[young].clone();
+    }
     fs::remove_dir_all(store.repository("app", "_layers")).unwrap();
     report["repairs"] = json(&store, &["--thorough", "--grace", "0"])["repairs"].clone();
     let mut printed = BTreeSet::new();

@@ -61,7 +61,13 @@ fn undo(store: &dyn Store, id: &str) -> Result<(), String> {
 }
 
 fn purge(store: &dyn Store, selection: &Selection) -> Result<(), String> {
-    let purged = gc::purge_trash(store, &Tables::default(), &author(), selection, &Gate::STOPPED);
+    let purged = gc::purge_trash(
+        store,
+        &Tables::default(),
+        &author(),
+        selection,
+        &Options { gate: Gate::STOPPED, ..Options::default() },
+    );
     match purged.map_err(|e| e.to_string())?.failures.as_slice() {
         [] => Ok(()),
         failures => Err(format!("{failures:?}")),

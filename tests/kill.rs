@@ -291,8 +291,13 @@ impl Act {
                 assert_eq!(undone.missing, [], "{when}: the undo of {id} lacks something");
             }
             Act::Purge => {
-                let purged =
-                    gc::purge_trash(&*store, &Tables::default(), &author, &Selection::All, &Gate::STOPPED);
+                let purged = gc::purge_trash(
+                    &*store,
+                    &Tables::default(),
+                    &author,
+                    &Selection::All,
+                    &Options { gate: Gate::STOPPED, ..Options::default() },
+                );
                 let purged = purged.unwrap_or_else(|e| panic!("{when}: the purge: {e}"));
                 assert!(purged.failures.is_empty(), "{when}: the purge: {:?}", purged.failures);
             }

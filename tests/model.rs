@@ -957,7 +957,13 @@ impl World {
         self.model.give_back();
         let is_gone = id.is_some_and(|id| !self.model.trash.contains_key(id));
         let selection = id.map_or(Selection::All, |id| Selection::One(id.to_string()));
-        match gc::purge_trash(&*self.store, &Tables::default(), &author(), &selection, &Gate::STOPPED) {
+        match gc::purge_trash(
+            &*self.store,
+            &Tables::default(),
+            &author(),
+            &selection,
+            &Options { gate: Gate::STOPPED, ..Options::default() },
+        ) {
             Ok(purged) => ensure(purged.failures.is_empty(), || format!("{:?}", purged.failures))?,
             // All that was in it has been given back.
             Err(Error::NotFound { .. }) if is_gone => return Ok(true),

@@ -18,12 +18,13 @@ use memory::{
     Live, everything, layer_link, long_ago, put, put_blob, put_image, put_tag, revision_link,
     tag_history_link, tag_link, trash,
 };
+use regfs::advice::Place;
 use regfs::catalog::Tables;
 use regfs::catalog::scan::scan_strictly;
 use regfs::gc::guard::gate::Gate;
 use regfs::gc::guard::gate::Said;
 use regfs::gc::plan::{Plan, Policy};
-use regfs::gc::report::Report;
+use regfs::gc::report::{Details, Report, timestamp};
 use regfs::gc::{self, Options, Unwatched};
 use regfs::store::Store;
 use regfs::store::memory::Memory;
@@ -64,6 +65,11 @@ fn run_with(store: &dyn Store, options: &Options) -> Report {
     let report = gc::run(store, &Tables::default(), options, &author(), &Unwatched).unwrap();
     assert_eq!(report.failures, [""; 0]);
     report
+}
+
+/// A dry run that does not look through a small store as a whole, nor reads tags.
+fn quick() -> Options {
+    Options { dry_run: true, quick: true, gate: Gate::STOPPED, ..Options::default() }
 }
 
 /// What a dry run of these words would take, as paths.
@@ -256,7 +262,7 @@ fn broken() -> (Arc<Memory>, Image) {
 fn repairs_are_shown_when_looked_for_and_made_when_asked() {
     let (store, image) = broken();
     let before = store.snapshot();
-    assert_eq!(run(&*store, "dry-run").repairs().count(), 0, "not looked for");
+    assert_eq!(run_with(&*store, &quick()).repairs().count(), 0, "not looked for");
     let shown = run(&*store, "dry-run thorough grace=0");
     let layers: Vec<PathBuf> = image.blobs[1..].iter().map(|b| layer_link("app", &sha256(b))).collect();
     let mut expected = vec![revision_link("app", &image.digest()), tag_link("app", "1")];
@@ -283,7 +289,14 @@ fn repairs_are_shown_when_looked_for_and_made_when_asked() {
     let undone = gc::undo(&*store, &author(), &id).unwrap();
     assert_eq!(undone.present.into_iter().collect::<BTreeSet<_>>(), taken);
     assert!(store.snapshot() == after);
-    gc::purge_trash(&*store, &Tables::default(), &author(), &Selection::All, &Gate::STOPPED).unwrap();
+    gc::purge_trash(
+        &*store,
+        &Tables::default(),
+        &author(),
+        &Selection::All,
+        &Options { gate: Gate::STOPPED, ..Options::default() },
+    )
+    .unwrap();
     assert_eq!(Live::of(&store.snapshot()).lacks, BTreeSet::new());
 }
 
@@ -308,7 +321,8 @@ fn a_sweep_looks_into_every_directory_where_they_are_few() {
     assert!(found(all, Options::default()));
     assert!(!found(all - 1, Options::default()));
     assert!(found(0, Options { thorough: true, gate: Gate::STOPPED, ..Options::default() }));
-    assert!(!found(all, Options { dry_run: true, gate: Gate::STOPPED, ..Options::default() }));
+    assert!(found(all, Options { dry_run: true, gate: Gate::STOPPED, ..Options::default() }));
+    assert!(!found(all, quick()));
 }
 
 #[test]
@@ -404,13 +418,13 @@ fn what_a_tag_pointed_at_is_forgotten_with_its_manifest_and_comes_back_with_its_
 }
 
 #[test]
-fn a_dry_run_asks_nothing_about_what_is_kept() {
+fn a_quick_dry_run_asks_nothing_about_what_is_kept() {
     let store = store();
     let image = image("kept");
     put_image(&store, "app", Some("1"), &image);
     let garbage = put_blob(&store, b"garbage");
     let faulty = Faulty::new(store, Fault::Never, 0);
-    run(&*faulty, "dry-run");
+    run_with(&*faulty, &quick());
     let calls = faulty.calls();
     for blob in &image.blobs {
         let digest = sha256(blob);
@@ -425,26 +439,23 @@ fn a_dry_run_asks_nothing_about_what_is_kept() {
 
 /// On a disk a read is three system calls (open, read, close) and a look at a file one.
 #[test]
-fn a_dry_run_reads_each_tag_revision_and_manifest_once_and_nothing_else() {
-    let calls = |images: usize, words: &str| {
+fn a_quick_dry_run_reads_each_revision_and_manifest_once_and_nothing_else() {
+    let calls = |images: usize| {
         let store = store();
         for number in 0..images {
             put_image(&store, "app", Some(&number.to_string()), &image(&format!("image {number}")));
         }
         let faulty = Faulty::new(store, Fault::Never, 0);
-        run(&*faulty, words);
+        run_with(&*faulty, &quick());
         let calls = faulty.calls();
         ["list", "read", "stat"].map(|name| calls.iter().filter(|call| call.name == name).count())
     };
-    // Ten images more: for each its tag, its revision and its manifest; nothing for its config and its layers.
-    let more = |words: &str| {
-        let (few, many) = (calls(10, words), calls(20, words));
-        [0, 1, 2].map(|at| many[at] - few[at])
-    };
-    let [lists, reads, stats] = more("dry-run");
+    // Ten images more: for each its revision and its manifest; nothing for its config and its layers.
+    let (few, many) = (calls(10), calls(20));
+    let [lists, reads, stats] = [0, 1, 2].map(|at| many[at] - few[at]);
     // A memory store has no shards: each blob may bring a directory of its own to list.
     assert!(lists <= 30, "{lists}");
-    assert_eq!((reads, stats), (30, 0));
+    assert_eq!((reads, stats), (20, 0));
 }
 
 #[test]
@@ -486,4 +497,88 @@ fn on_a_disk_a_repair_writes_what_a_registry_would_have_written() {
     own.sort();
     assert_eq!(own, ["cache", "lock", "reserve", "trash"], "nothing half-written");
     assert_eq!(common::gc::gc(store.root(), &["--repair", "--grace", "0"]).taken.len(), 0);
+}
+
+/// So many manifests with a tag and so many without, each in a repository of its own.
+fn tagged_and_not(tagged: usize, untagged: usize) -> Arc<Memory> {
+    let store = store();
+    for number in 0..tagged {
+        put_image(&store, &format!("kept{number}"), Some("1"), &image(&format!("kept {number}")));
+    }
+    for number in 0..untagged {
+        put_image(&store, &format!("gone{number}"), None, &image(&format!("gone {number}")));
+    }
+    store
+}
+
+#[test]
+fn a_rule_that_would_remove_most_manifests_stops_before_the_first_change() {
+    for (tagged, untagged, stops) in
+        [(0, 19, false), (0, 20, true), (20, 20, false), (19, 20, true), (20, 21, true), (21, 21, false)]
+    {
+        let store = tagged_and_not(tagged, untagged);
+        let before = store.snapshot();
+        let foreseen = run(&*store, "dry-run untagged");
+        let report = run(&*store, "sweep untagged");
+        let what = format!("{untagged} of {}", tagged + untagged);
+        assert_eq!(report.held_back().is_some(), stops, "{what}");
+        assert_eq!(foreseen.held_back().is_some(), stops, "{what}");
+        assert_eq!(foreseen.taken().collect::<Vec<_>>(), report.taken().collect::<Vec<_>>(), "{what}");
+        assert_eq!(report.taken().count() == 0, stops, "{what}");
+        if !stops {
+            continue;
+        }
+        assert!(store.snapshot() == before, "nothing was changed");
+        for report in [&foreseen, &report] {
+            let text = report.text(Place::ControlFile, Details::Totals);
+            assert!(text.contains(&format!("{untagged} of {} manifests", tagged + untagged)), "{text}");
+            assert!(
+                text.contains("add allow-large") && text.contains(&format!("{untagged} revisions")),
+                "{text}"
+            );
+        }
+        let foreseen = run(&*store, "dry-run untagged allow-large");
+        let report = run(&*store, "sweep untagged allow-large");
+        assert_eq!(report.held_back(), None);
+        assert_eq!(foreseen.taken().collect::<Vec<_>>(), report.taken().collect::<Vec<_>>());
+        assert!(report.taken().count() > untagged);
+    }
+}
+
+#[test]
+fn what_nothing_leads_to_is_not_braked_however_much_it_is() {
+    let store = tagged_and_not(1, 0);
+    for number in 0..50 {
+        put_blob(&store, format!("garbage {number}").as_bytes());
+    }
+    assert_eq!(run(&*store, "sweep").taken().count(), 50);
+}
+
+#[test]
+fn an_untagged_manifest_that_is_young_is_said_to_be() {
+    let store = store();
+    put_image(&store, "app", Some("1"), &image("kept"));
+    put_image(&store, "app", None, &image("old"));
+    store.set_clock(days_ago(3));
+    let (young, child) = (image("young"), image("child"));
+    put_image(&store, "app", None, &young);
+    store.set_clock(days_ago(10));
+    put_image(&store, "app", None, &child);
+    store.set_clock(SystemTime::now() + DAY * 30);
+    put_image(&store, "app", None, &Image::index(&[("amd64", &child)]));
+
+    let text = |words: &str| run(&*store, words).text(Place::ControlFile, Details::Totals);
+    let told = text("dry-run untagged=7d");
+    assert!(told.contains("left 3 untagged manifests younger than 7d"), "{told}");
+    let from = timestamp(days_ago(3) + DAY * 7);
+    assert!(told.contains(&from[..from.len() - 4]), "{from}: {told}");
+    assert!(told.contains("in the future"), "{told}");
+    assert!(!text("dry-run").contains("untagged"), "nobody asked for those");
+    assert!(!text("dry-run untagged=0 grace=1h repository=other").contains("untagged manifest"));
+    let mut json = Vec::new();
+    run(&*store, "dry-run untagged=7d").write_json(&mut json, Place::ControlFile).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    let young = json["kept_young_manifests"].as_array().unwrap();
+    assert_eq!(young.len(), 3, "{json}");
+    assert!(young.iter().all(|manifest| manifest["repository"] == "app"));
 }

@@ -92,7 +92,7 @@ fn the_seed_story() {
     shell("rm images/alpine/_tags/3.8");
     registry.manifest("alpine", "3.8").is(404);
     registry.manifest("alpine", &alpine.digest()).is(404);
-    shell("echo dry-run grace=0 > control/gc");
+    shell("echo dry-run grace=0 registry-stopped force > control/gc");
     assert_eq!(alpine.digests().len(), 3);
     assert_eq!(mount.reported_blobs(), alpine.digests(), "{}", mount.read("control/gc"));
     assert_eq!(registry.stock_garbage(), alpine.digests());

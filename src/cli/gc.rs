@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::gc::guard::gate::{Gate, Said};
 use crate::gc::named::Named;
 use crate::gc::{self, Options, Progress};
+use crate::keeper::Keeper;
 use crate::store::disk::Disk;
 use crate::trash::Author;
 use crate::view::control::{parse_glob, parse_rate, parse_referrers};
@@ -62,6 +63,9 @@ pub(super) struct GcArgs {
     /// Purge what has been in the trash for longer than this
     #[arg(long, value_name = "AGE", default_value = "7d", value_parser = duration)]
     keep: Duration,
+    /// Remove also more than half of all manifests, and 20 or more, which a rule that goes by tags does otherwise not
+    #[arg(long)]
+    allow_large: bool,
     /// No registry runs: take everything at once instead of step by step
     #[arg(long)]
     registry_stopped: bool,
@@ -96,6 +100,11 @@ pub(super) struct GcArgs {
 }
 
 impl GcArgs {
+    /// What was typed for the store.
+    pub(super) fn store(&self) -> &Path {
+        &self.store
+    }
+
     fn options(&self) -> Options {
         Options {
             dry_run: self.dry_run,
@@ -110,6 +119,9 @@ impl GcArgs {
             grace: self.grace,
             keep: self.keep,
             now: self.now,
+            allow_large: self.allow_large,
+            keeper: Keeper::default(),
+            refusal: None,
             gate: Gate::unknown(),
             drain: self.registry.drain,
             named: Named::default(),
@@ -136,12 +148,9 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
     let tables = Tables::new(args.threads);
     let mut is_complete = true;
     let report = loop {
-        let gate = match registries.gate(args.said()) {
-            Err(_) if args.dry_run => Gate::unknown(),
-            gate => gate?,
-        };
+        let (gate, refusal) = Gate::of_run(registries.gate(args.said()), args.dry_run)?;
         let watcher = Watcher::new(args.output.verbose)?;
-        let options = Options { gate, ..args.options() };
+        let options = Options { gate, refusal, keeper: registries.keeper(), ..args.options() };
         gc::yield_to_clients(&options);
         let report = gc::run(&store, &tables, &options, &author, &*watcher);
         watcher.finish();
@@ -166,7 +175,7 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
         }
         watcher.finish();
     };
-    args.output.print(&report, &args.store)?;
+    args.output.print(&report)?;
     if report.is_stopped {
         return Err(Error::invalid(format!("stopped by a signal: {}", report.outcome())));
     }

@@ -88,6 +88,11 @@ pub(super) struct MountArgs {
 }
 
 impl MountArgs {
+    /// What was typed for the store.
+    pub(super) fn store(&self) -> &Path {
+        &self.store
+    }
+
     /// With what `-o` says, which comes last.
     pub(super) fn settled(mut self) -> MountArgs {
         for word in std::mem::take(&mut self.options) {

@@ -1,7 +1,8 @@
 //! How `regfs gc` prints its report, and how stdout is written to.
 
 use std::io::{self, BufWriter, ErrorKind, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use clap::{Args, ValueEnum};
 
@@ -34,21 +35,35 @@ enum Format {
 }
 
 impl OutputArgs {
-    /// Prints the report; `store` is what was typed for the store.
-    pub(super) fn print(&self, report: &Report, store: &Path) -> Result<()> {
+    /// Prints the report.
+    pub(super) fn print(&self, report: &Report) -> Result<()> {
         let format = if self.json { Format::Json } else { self.format };
         let details = if self.verbose { Details::Everything } else { Details::Totals };
         to_stdout(|out| match format {
-            Format::Text => report.write_text(&mut Safely::lines(out), Place::CommandLine(store), details),
-            Format::Json => report.write_json(&mut Safely::json(out)),
+            Format::Text => report.write_text(&mut Safely::lines(out), place(), details),
+            Format::Json => report.write_json(&mut Safely::json(out), place()),
             Format::Distribution => report.write_distribution(&mut Safely::lines(out)),
         })?;
         if format == Format::Distribution {
             // Nobody is left to tell when stderr can't be written to.
-            let _ = report.write_remarks(&mut Safely::lines(io::stderr().lock()));
+            let _ = report.write_remarks(&mut Safely::lines(io::stderr().lock()), place());
         }
         Ok(())
     }
+}
+
+/// What was typed for the store of the one command that this process runs.
+static STORE: OnceLock<PathBuf> = OnceLock::new();
+
+/// Notes which store the command is about; what is printed from then on may propose commands about it.
+pub(super) fn set_store(store: Option<&Path>) {
+    // Set once, in `main`; a second time would change nothing.
+    let _ = STORE.set(store.unwrap_or(Path::new("STORE")).to_path_buf());
+}
+
+/// Where what we print is read.
+pub(super) fn place() -> Place<'static> {
+    Place::CommandLine(STORE.get().map_or(Path::new("STORE"), PathBuf::as_path))
 }
 
 /// Writes to stdout, through a [`Safely`] of the caller; a reader that goes away is no failure.

@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::output::to_stdout;
+use super::output::{place, to_stdout};
 use super::registry::RedisArgs;
 use super::{Environment, Outcome, duration, print, say, store_argument, typed};
+use crate::advice::Advice;
 use crate::catalog::Tables;
 use crate::error::{Error, Result};
-use crate::gc;
 use crate::gc::guard::gate::Said;
-use crate::gc::report::Place;
+use crate::gc::{self, Options};
 use crate::printable::Safely;
 use crate::registries::Known;
 use crate::registries::http::Access;
@@ -72,6 +72,13 @@ enum TrashCommand {
     },
 }
 
+impl TrashArgs {
+    /// What was typed for the store.
+    pub(super) fn store(&self) -> &Path {
+        &self.store
+    }
+}
+
 pub(super) fn run(
     args: &TrashArgs,
     typed_args: &[OsString],
@@ -95,12 +102,12 @@ pub(super) fn run(
         }
         TrashCommand::Undo { id } => {
             let Some(id) = id else {
-                let command = Place::CommandLine(&args.store).trash("undo", LAST);
+                let command = Advice::Undo(LAST.to_string()).at(place());
                 say(&format!("regfs: {}", which(&store, &command)?));
                 return Ok(Outcome::Unusable);
             };
             let undone = gc::undo(&store, &author, id)?;
-            print(&undone.text(&Place::CommandLine(&args.store).trash("undo", &undone.id)))?;
+            print(&undone.text(&Advice::Undo(undone.id.clone()).at(place())))?;
             Ok(if undone.is_complete() { Outcome::Done } else { Outcome::Unfinished })
         }
         TrashCommand::Purge { id, older, all: _, registry_stopped, force, cache_emptied, redis } => {
@@ -113,9 +120,10 @@ pub(super) fn run(
             let known = Known::new(&argument, &[], Access::default());
             let known = known.with_redis(redis.config(&argument, environment));
             let gate = known.gate(Said::of(*registry_stopped, *force, *cache_emptied))?;
-            let purged = gc::purge_trash(&store, &Tables::default(), &author, &selection, &gate)?;
+            let options = Options { gate, keeper: known.keeper(), ..Options::default() };
+            let purged = gc::purge_trash(&store, &Tables::default(), &author, &selection, &options)?;
             print(&purged.text())?;
-            Ok(if purged.failures.is_empty() { Outcome::Done } else { Outcome::Unfinished })
+            Ok(if purged.is_complete() { Outcome::Done } else { Outcome::Unfinished })
         }
     }
 }

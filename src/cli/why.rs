@@ -13,7 +13,7 @@ use crate::catalog::cache::{self, Place};
 use crate::catalog::scan::scan;
 use crate::error::{Error, Result};
 use crate::gc::mark::{self, Untagged};
-use crate::gc::{report, why};
+use crate::gc::why;
 use crate::printable::Safely;
 
 /// Say what keeps a blob or a manifest, or since when it is garbage.
@@ -47,6 +47,13 @@ chains_found, chains: [{repository, root: tag|dangling-tag|untagged|held|problem
 garbage: {reason, last_used, eligible_at, eligible, layer_links} or null,
 trash: [{id, bytes, manifest_of, layer_links}], obstacles (why no collection runs)";
 
+impl WhyArgs {
+    /// What was typed for the store.
+    pub(super) fn store(&self) -> &Path {
+        &self.store
+    }
+}
+
 pub(super) fn run(args: &WhyArgs, environment: Environment<'_>) -> Result<Outcome> {
     let store = open(&args.store, environment)?;
     let (tables, links) = cache::load(&store, &Place::Store, &Tables::new(None));
@@ -61,7 +68,7 @@ pub(super) fn run(args: &WhyArgs, environment: Environment<'_>) -> Result<Outcom
         let json = json.map_err(|e| Error::io("write", Path::new("the answer"), e))?;
         to_stdout(|out| writeln!(Safely::json(out), "{json}"))?;
     } else {
-        to_stdout(|out| why.write_text(&mut Safely::lines(out), report::Place::CommandLine(&args.store)))?;
+        to_stdout(|out| why.write_text(&mut Safely::lines(out), super::output::place()))?;
     }
     Ok(Outcome::Done)
 }

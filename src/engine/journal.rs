@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::SystemTime;
 
+use crate::advice::Place;
 use crate::gc::report::timestamp;
 use crate::printable;
 use crate::trash::Author;
@@ -22,7 +23,7 @@ impl Journal {
             "command": author.command,
             "action": action,
             "what": what,
-            "result": result,
+            "result": Place::ControlFile.say(result),
         });
         if self.0.len() == LINES {
             self.0.pop_front();

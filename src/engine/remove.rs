@@ -9,7 +9,7 @@ use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::forgetting::Forget;
-use super::{Engine, LOCK_WAIT, locked};
+use super::{Engine, locked};
 use crate::catalog::intern::NameId;
 use crate::catalog::update::rescan;
 use crate::catalog::{Catalog, Repository};
@@ -109,7 +109,7 @@ impl Engine {
                 let path = snapshot.path(path).ok_or_else(missing)?;
                 let shown = format!("images/{}", path.printable());
                 let mut changing = locked(&self.changing);
-                let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
+                let _lock = self.lock_for_change(author)?;
                 let current = self.current();
                 let mut begin = || self.transaction(&mut changing, author, &shown);
                 let result = edit::take_repository(&*self.store, &current.catalog, &path, &mut begin);
@@ -180,7 +180,7 @@ impl Engine {
         act: impl FnOnce(&mut MutexGuard<'_, Option<Open>>, &Catalog, &Repository) -> Result<Catalog>,
     ) -> Result<()> {
         let mut changing = locked(&self.changing);
-        let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
+        let _lock = self.lock_for_change(author)?;
         let catalog = rescan(&*self.store, &self.current().catalog, repository);
         let found = catalog.repository(repository).cloned();
         let found = found.ok_or_else(|| Error::NotFound { what: repository.printable().to_string() })?;

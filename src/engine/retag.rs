@@ -7,7 +7,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use super::{Engine, LOCK_WAIT, locked};
+use super::{Engine, locked};
 use crate::catalog::Catalog;
 use crate::catalog::update::rescan;
 use crate::edit::tag;
@@ -112,7 +112,7 @@ impl Engine {
             return Err(Error::invalid(format!("{} is no name of a repository: {why}", path.printable())));
         }
         let _changing = locked(&self.changing);
-        let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
+        let _lock = self.lock_for_change(author)?;
         let place = layout::repository(path);
         self.store.make_directory(&place)?;
         if self.store.list(&place)?.is_none() {
@@ -158,7 +158,7 @@ impl Engine {
         act: impl FnOnce(&Catalog) -> Result<T>,
     ) -> Result<T> {
         let _changing = locked(&self.changing);
-        let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
+        let _lock = self.lock_for_change(author)?;
         let look = |catalog: &Catalog| {
             repositories.iter().fold(catalog.clone(), |catalog, name| rescan(&*self.store, &catalog, name))
         };

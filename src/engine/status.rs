@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use super::guarding::Guarded;
 use super::{Engine, locked};
+use crate::advice::Place;
 use crate::gc::guard::gate::Gate;
 use crate::gc::guard::state;
 use crate::gc::report::timestamp;
@@ -38,6 +39,10 @@ struct Status {
     /// `null` before that is known.
     gate: Option<&'static str>,
     gate_reason: Option<String>,
+    /// Who keeps the tags: `storage`, `harbor` (they are in Harbor's database) or `database` (in that of a GitLab registry,
+    /// and nothing is changed here); and what tells it, for people.
+    metadata: &'static str,
+    metadata_reason: String,
     /// How much garbage the last sweep left how far on its way out.
     garbage: Vec<state::Total>,
     /// When the next one begins by itself, RFC 3339; `null` where none does.
@@ -63,6 +68,7 @@ impl Engine {
             let reports = locked(&self.reports);
             (reports.gate.clone(), reports.sweep.clone(), reports.next_sweep)
         };
+        let kept = self.keeper().now();
         let status = Status {
             state: if is_running { "running" } else { "idle" },
             phase: run.map_or("", |r| r.phase),
@@ -72,7 +78,7 @@ impl Engine {
             started_at: run.map(|r| timestamp(r.started_at)),
             elapsed_seconds: run.map(|r| r.elapsed.as_secs_f64()),
             eta_seconds: run.and_then(|r| r.eta).map(|eta| eta.as_secs_f64()),
-            last_error: locked(&self.reports).last_error.clone(),
+            last_error: locked(&self.reports).last_error.as_ref().map(|e| Place::ControlFile.say(e)),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION"),
             store: self.store.full(std::path::Path::new("")).to_string_lossy().into_owned(),
@@ -83,7 +89,9 @@ impl Engine {
             problems: snapshot.catalog.problems.len(),
             transactions: snapshot.trash.len(),
             gate: gate.as_ref().map(Gate::word),
-            gate_reason: gate.as_ref().map(Gate::to_string),
+            gate_reason: gate.as_ref().map(|gate| Place::ControlFile.say(&gate.to_string())),
+            metadata: kept.word(),
+            metadata_reason: kept.to_string(),
             garbage: sweep.map_or_else(Vec::new, |sweep| sweep.totals),
             next_sweep: next_sweep.map(timestamp),
             guard: locked(&self.guarded).clone(),

@@ -4,15 +4,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::brake::Extent;
+use super::foresee;
+use super::guard::gate::Gate;
 use super::guard::{self, Round, outliving};
 use super::plan::{Plan, Policy};
 use super::report::{Mode, Report};
 use super::{LOCK_WAIT, Options, Progress, give_back as give, leftovers, purge, sweep};
 use crate::catalog::cache::{self, News, Place};
-use crate::catalog::scan::{Depth, scan_once, scan_strictly};
+use crate::catalog::intern::IdSet;
+use crate::catalog::scan::scan_strictly;
 use crate::catalog::{Catalog, Effect, Keeps, Tables};
 use crate::clock::Moment;
 use crate::error::{Error, Result};
+use crate::keeper::Change;
 use crate::layout;
 use crate::store::Store;
 use crate::store::paced::Paced;
@@ -20,16 +25,16 @@ use crate::trash::{self, Author};
 
 /// A collection that goes on.
 pub(super) struct Collection<'a> {
-    store: &'a dyn Store,
-    tables: Tables,
+    pub(super) store: &'a dyn Store,
+    pub(super) tables: Tables,
     /// What the cache knows of links, until it was written anew.
-    links: Option<Catalog>,
-    options: Options,
-    author: &'a Author,
-    progress: &'a dyn Progress,
+    pub(super) links: Option<Catalog>,
+    pub(super) options: Options,
+    pub(super) author: &'a Author,
+    pub(super) progress: &'a dyn Progress,
     /// When the first look began, so what was under way then, it may not have seen.
-    look: Moment,
-    now: SystemTime,
+    pub(super) look: Moment,
+    pub(super) now: SystemTime,
 }
 
 /// What the looks under the lock decided.
@@ -59,35 +64,30 @@ impl<'a> Collection<'a> {
         Collection { store, tables, links, options: options.clone(), author, progress, look, now }
     }
 
-    pub(super) fn run(mut self) -> Result<Report> {
-        if self.options.dry_run {
-            return self.dry_run();
+    pub(super) fn run(self) -> Result<Report> {
+        match self.options.dry_run {
+            true => foresee::dry_run(self),
+            false => self.sweep(),
         }
-        self.options = self.options.settled()?;
-        self.sweep()
-    }
-
-    fn dry_run(mut self) -> Result<Report> {
-        self.progress.phase("mark", 0);
-        let mut catalog = scan_once(self.store, &self.tables, self.links.as_ref(), depth(&self.options))?;
-        catalog = judged(catalog, &self.options);
-        self.save_cache(&catalog);
-        // All that is needed of it is in the catalog by now.
-        catalog.tables.known = Arc::default();
-        self.tables.known = Arc::default();
-        self.progress.phase("plan", 0);
-        let plan = Arc::new(Plan::new(self.store, &catalog, &self.policy())?);
-        let mut report = Report::new(self.store, Mode::DryRun, &self.options, self.now, &catalog, plan)?;
-        report.set_states(self.store, &self.tables, self.now)?;
-        Ok(report)
     }
 
     fn sweep(mut self) -> Result<Report> {
+        self.options.check()?;
+        self.options = self.options.settled();
         let (first, plan) = self.first_look()?;
         self.stop_if_told()?;
+        if let Some(report) = self.brake(&first, &plan)? {
+            return Ok(report);
+        }
         let _lock = self.store.lock(&self.author.command, LOCK_WAIT)?;
+        self.options.keeper.allows(self.options.change())?;
         let Decided { catalog, plan, restored } = self.second_look(first, plan)?;
         self.stop_if_told()?;
+        if let Some(report) = self.brake(&catalog, &plan)? {
+            return Ok(report);
+        }
+        // The look may have taken long, and a registry may have been migrated meanwhile.
+        self.options.keeper.allows(self.options.change())?;
         let mut report = self.take(&catalog, plan)?;
         report.set_restored(&restored);
         // Things were taken by now: whatever fails from here on belongs into the report of that.
@@ -96,6 +96,24 @@ impl<'a> Collection<'a> {
         }
         report.finished_at = SystemTime::now();
         Ok(report)
+    }
+
+    /// The report of a run that stops because it would remove most of a registry; `None`: go on.
+    fn brake(&self, catalog: &Catalog, plan: &Plan) -> Result<Option<Report>> {
+        let Some(extent) = self.too_large(catalog, plan) else { return Ok(None) };
+        let plan = Arc::new(plan.clone());
+        let mut report = Report::new(self.store, Mode::Sweep, &self.options, self.now, catalog, plan)?;
+        report.brake(extent);
+        report.set_states(self.store, &self.tables, self.now, &IdSet::default())?;
+        report.finished_at = SystemTime::now();
+        Ok(Some(report))
+    }
+
+    /// How much of the registry a plan removes, if that is more than may go without being asked for.
+    pub(super) fn too_large(&self, catalog: &Catalog, plan: &Plan) -> Option<Extent> {
+        let is_held_back = matches!(self.options.gate, Gate::Stop { .. });
+        let extent = Extent::of(plan, catalog);
+        (!self.options.allow_large && !is_held_back && extent.is_large()).then_some(extent)
     }
 
     /// By far the longest part; others may change the store meanwhile, as pushes do.
@@ -160,9 +178,10 @@ impl<'a> Collection<'a> {
         }
         let doomed = self.doomed(report)?;
         if !doomed.is_empty() {
+            self.options.keeper.allows(Change::Garbage)?;
             self.purge(doomed, report)?;
         }
-        report.set_states(self.store, &self.tables, self.look.wall())
+        report.set_states(self.store, &self.tables, self.look.wall(), &IdSet::default())
     }
 
     /// The transactions that go now; those whose undo ends with them are in the report.
@@ -195,7 +214,7 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
-    fn policy(&self) -> Policy {
+    pub(super) fn policy(&self) -> Policy {
         Policy::new(&self.options, self.now)
     }
 
@@ -207,7 +226,7 @@ impl<'a> Collection<'a> {
     }
 
     /// Keeps what was found out; a cache that can't be written costs the next run some time, and nothing else.
-    fn save_cache(&mut self, catalog: &Catalog) {
+    pub(super) fn save_cache(&mut self, catalog: &Catalog) {
         let Options { cache, dry_run, .. } = &self.options;
         let place = cache.as_ref().filter(|place| !dry_run || **place != Place::Store);
         if let (Some(place), Some(links)) = (place, self.links.take())
@@ -216,14 +235,6 @@ impl<'a> Collection<'a> {
             log::warn!("{e}");
         }
     }
-}
-
-/// What a dry run has to look at.
-fn depth(options: &Options) -> Depth {
-    let judges_tags = options.untagged || options.orphans || options.thorough || options.repair;
-    // What is kept for the next run is worth nothing without.
-    let is_kept = matches!(options.cache, Some(Place::Directory(_)));
-    Depth { tags: judges_tags || !options.quick, times: judges_tags || is_kept }
 }
 
 /// Looks at the store, at what changed if there is a `previous` look, and gives back what is in use again; the catalog
@@ -241,7 +252,7 @@ pub(super) fn give_back(
 /// The catalog as the caller wants it judged: with `ignore_damaged` no damage keeps what it might hold.
 ///
 /// What can't be read at all has ended the run before; repositories whose names no registry gives stay as they are.
-fn judged(mut catalog: Catalog, options: &Options) -> Catalog {
+pub(super) fn judged(mut catalog: Catalog, options: &Options) -> Catalog {
     if !options.ignore_damaged {
         return catalog;
     }

@@ -91,6 +91,13 @@ pub(super) struct Course {
     held: HashSet<(PathBuf, Digest)>,
 }
 
+impl Course {
+    /// The blobs whose links are to move, which is all that shows of a fence.
+    pub(super) fn fenced(&self) -> impl Iterator<Item = DigestId> {
+        self.fence.iter().map(|(id, _)| *id)
+    }
+}
+
 impl Round<'_> {
     /// Decides which step is due for which garbage of `plan`.
     pub(super) fn decide(&self, plan: Plan) -> Result<Course> {

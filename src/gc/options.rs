@@ -7,6 +7,7 @@ use super::guard::gate::Gate;
 use super::named::Named;
 use crate::catalog::cache::Place;
 use crate::error::{Error, Result};
+use crate::keeper::{Change, Keeper};
 
 /// What a run is asked to do.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,6 +36,12 @@ pub struct Options {
     pub keep: Duration,
     /// Free the bytes at once, for a registry that is stopped or read-only.
     pub now: bool,
+    /// Remove also more than half of all manifests.
+    pub allow_large: bool,
+    /// Who keeps the tags and manifests.
+    pub keeper: Keeper,
+    /// Why a sweep would not even begin, as the caller found out before a dry run.
+    pub refusal: Option<String>,
     /// What is known of the registries that may be running.
     pub gate: Gate,
     /// How long a request to one of them may be under way.
@@ -72,6 +79,9 @@ impl Default for Options {
             grace: DEFAULT_GRACE,
             keep: DEFAULT_KEEP,
             now: false,
+            allow_large: false,
+            refusal: None,
+            keeper: Keeper::default(),
             gate: Gate::unknown(),
             drain: DEFAULT_DRAIN,
             named: Named::default(),
@@ -83,21 +93,38 @@ impl Default for Options {
 }
 
 impl Options {
-    /// As they are meant beside a registry: nothing is younger than a request that is under way.
-    pub(super) fn settled(&self) -> Result<Options> {
-        if !self.gate.is_beside() {
-            return Ok(self.clone());
+    /// What a sweep changes, beyond what nothing leads to.
+    pub(super) fn change(&self) -> Change {
+        match self.untagged || self.orphans {
+            true => Change::Tags,
+            false => Change::Garbage,
         }
-        if self.now && !self.dry_run {
-            return Err(Error::invalid(format!(
-                "now frees the bytes at once, which loses images unless no registry runs or each is read-only: stop it and say \
-                 registry-stopped, too, or leave out now ({})",
+    }
+
+    /// Fails where a sweep with these options is refused, whatever there is to take.
+    pub(super) fn check(&self) -> Result<()> {
+        self.keeper.allows(self.change())?;
+        if let Some(why) = &self.refusal {
+            return Err(Error::invalid(why));
+        }
+        match self.now && self.gate.is_beside() {
+            true => Err(Error::invalid(format!(
+                "{{+now}} frees the bytes at once, which loses images unless no registry runs or each is read-only: stop it \
+                 and add {{+registry-stopped}}, or leave out {{+now}} ({})",
                 self.gate
-            )));
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    /// As they are meant beside a registry: nothing is younger than a request that is under way.
+    pub(super) fn settled(&self) -> Options {
+        if !self.gate.is_beside() {
+            return self.clone();
         }
         let at_least = |time: Duration| time.max(self.drain);
         let (grace, keep) = (at_least(self.grace), at_least(self.keep));
-        Ok(Options { grace, keep, uploads: at_least(self.uploads), ..self.clone() })
+        Options { grace, keep, uploads: at_least(self.uploads), ..self.clone() }
     }
 }
 

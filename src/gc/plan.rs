@@ -21,7 +21,7 @@ use super::repair::{self, Repair};
 use super::{Options, leftovers};
 use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::scan::spread;
-use crate::catalog::{Catalog, Effect, Problem, Repository, Tables};
+use crate::catalog::{Catalog, Effect, Problem, Repository, Revision, Tables};
 use crate::error::Result;
 use crate::layout;
 use crate::store::{Directory, Store};
@@ -61,18 +61,28 @@ impl Policy {
         !age.is_zero() && last_used.checked_add(age).unwrap_or(last_used) > self.now
     }
 
+    /// How long ago an untagged manifest must have been pushed.
+    pub fn untagged_age(&self) -> Duration {
+        self.options.grace.max(self.options.untagged_for)
+    }
+
+    /// Whether a manifest stays although no tag leads to it; one that can't tell its age does.
+    pub fn is_young_manifest(&self, revision: &Revision) -> bool {
+        revision.version.last_change().is_none_or(|time| self.is_younger(time, self.untagged_age()))
+    }
+
     /// Whether the repository (or namespace) of that name is collected in.
     pub fn includes(&self, repository: &Path) -> bool {
         let options = glob::MatchOptions { require_literal_separator: true, ..glob::MatchOptions::new() };
         self.options.repositories.as_ref().is_none_or(|glob| glob.matches_path_with(repository, options))
     }
 
-    /// Whether every directory of a blob, a link or a tag is looked into: when asked for, and by a sweep of a store
-    /// with so few of them that it costs next to nothing.
+    /// Whether every directory of a blob, a link or a tag is looked into: when asked for, and in a store with so few of
+    /// them that it costs next to nothing.
     pub fn is_thorough(&self, catalog: &Catalog) -> bool {
         let links = |r: &Repository| r.layers.len() + r.revisions.len() + r.tags.len();
         let all = catalog.repositories.values().map(|r| links(r)).sum::<usize>() + catalog.blobs.len();
-        let is_cheap = !self.options.dry_run && all <= self.thorough_up_to;
+        let is_cheap = !self.options.quick && all <= self.thorough_up_to;
         is_cheap || self.options.thorough || self.options.repair
     }
 
@@ -263,6 +273,14 @@ impl Item {
         }
     }
 
+    /// Which blob it is, if it is one, with its bytes.
+    pub fn blob(&self) -> Option<(DigestId, u64)> {
+        match self.what {
+            What::Blob(id) => Some((id, self.bytes)),
+            _ => None,
+        }
+    }
+
     /// The repository it belongs to, where its kind tells.
     pub fn repository(&self) -> Option<NameId> {
         match self.what {
@@ -285,6 +303,17 @@ pub struct Young {
     pub eligible_at: SystemTime,
 }
 
+/// A manifest that no tag leads to and that is too young to be taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct YoungManifest {
+    /// Its repository.
+    pub repository: NameId,
+    /// Which.
+    pub digest: DigestId,
+    /// From when on it may be taken; `None` where a younger one holds it, or its age can't be told.
+    pub eligible_at: Option<SystemTime>,
+}
+
 /// Everything a collection decided.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
@@ -292,6 +321,8 @@ pub struct Plan {
     pub items: Vec<Item>,
     /// What is garbage but too young.
     pub young: Vec<Young>,
+    /// Untagged manifests that are too young, where those are to be taken; the first look finds them.
+    pub young_manifests: Vec<YoungManifest>,
     /// What looks like garbage and is left, because its age could not be told.
     pub problems: Vec<Problem>,
     /// What is broken and can be made whole; known after a thorough search.
@@ -314,13 +345,8 @@ pub struct Going {
 impl Going {
     /// Decides which go.
     pub fn of(catalog: &Catalog, policy: &Policy) -> Going {
-        let age = policy.options.grace.max(policy.options.untagged_for);
         let mut untagged = match policy.options.untagged {
-            true => {
-                let is_young = |time| policy.is_younger(time, age);
-                // What can't tell its age is young.
-                mark::untagged(catalog, &|r| r.version.last_change().is_none_or(is_young))
-            }
+            true => mark::untagged(catalog, &|revision| policy.is_young_manifest(revision)),
             false => Untagged::new(),
         };
         untagged.retain(|name, _| policy.includes(name));
@@ -336,6 +362,29 @@ impl Going {
             all.dedup();
         }
         Going { untagged, orphans, revisions }
+    }
+
+    /// Manifests that no tag leads to and that stay because they are young, or because such a one holds them.
+    fn young_manifests(&self, catalog: &Catalog, policy: &Policy) -> Vec<YoungManifest> {
+        let mut all = catalog.repositories.values().flat_map(|repository| &repository.revisions);
+        if !policy.options.untagged || !all.any(|revision| policy.is_young_manifest(revision)) {
+            return Vec::new();
+        }
+        let mut found = Vec::new();
+        let names = &catalog.tables.names;
+        for (name, untagged) in mark::untagged(catalog, &|_| false) {
+            let (Some(repository), true) = (catalog.repository(&name), policy.includes(&name)) else {
+                continue;
+            };
+            let going: IdSet = self.revisions_of(&name).iter().copied().collect();
+            for digest in untagged.into_iter().filter(|id| !going.contains(*id)) {
+                let revision = repository.revision(digest).filter(|r| policy.is_young_manifest(r));
+                let eligible_at =
+                    revision.and_then(|r| r.version.last_change()?.checked_add(policy.untagged_age()));
+                found.push(YoungManifest { repository: names.intern(name.as_os_str()), digest, eligible_at });
+            }
+        }
+        found
     }
 
     /// The manifests of a repository that go.
@@ -362,6 +411,7 @@ impl Plan {
         let first: BTreeSet<&What> = self.items.iter().map(|i| &i.what).collect();
         second.items.retain(|item| first.contains(&item.what));
         second.repairs.retain(|repair| self.repairs.contains(repair));
+        second.young_manifests.clone_from(&self.young_manifests);
         Ok(second)
     }
 
@@ -370,6 +420,9 @@ impl Plan {
         let mark = mark::mark(catalog, &going.revisions);
         let (candidates, problems) = candidates(store, catalog, &mark)?;
         let mut plan = Plan { problems, ..decide(catalog, &going, &candidates, policy) };
+        if first.is_none() {
+            plan.young_manifests = going.young_manifests(catalog, policy);
+        }
         let decided = leftovers::Decided::of(&candidates);
         // There may be millions of them.
         drop(candidates);

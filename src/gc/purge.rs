@@ -8,6 +8,7 @@ use crate::catalog::Tables;
 use crate::clock::Moment;
 use crate::digest::Digest;
 use crate::error::{self, Result};
+use crate::keeper::Change;
 use crate::layout;
 use crate::progress::Unwatched;
 use crate::store::Store;
@@ -15,15 +16,19 @@ use crate::trash::purge::Purged;
 use crate::trash::{self, Author, Selection};
 
 /// Purges transactions of the trash, after giving back what a manifest names again. What a registry may rely on, going by
-/// `gate`, stays.
+/// the gate of `options`, stays.
 pub fn purge_trash(
     store: &dyn Store,
     tables: &Tables,
     author: &Author,
     selection: &Selection,
-    gate: &Gate,
+    options: &Options,
 ) -> Result<Purged> {
+    options.keeper.allows(Change::Garbage)?;
     let _lock = store.lock(&author.command, LOCK_WAIT)?;
+    // A registry may have been migrated while we waited.
+    options.keeper.allows(Change::Garbage)?;
+    let gate = &options.gate;
     let look = Moment::now();
     let (_, restored) = collect::give_back(store, tables, None, &Options::default())?;
     let (mut doomed, mut kept) = (Vec::new(), Vec::new());

@@ -21,19 +21,23 @@ use bytesize::ByteSize;
 use serde::Serialize;
 
 use super::Options;
+use super::brake::Extent;
 use super::guard::gate::Gate;
-use super::guard::state::{self, State, Unreferenced};
-use super::plan::{Item, ItemKind, Plan, Reason, What};
+use super::guard::state::{self, Standing, State, Unreferenced};
+use super::plan::{Item, ItemKind, Plan, Reason};
 use super::repair::Repair;
 use super::sweep::Taken;
+pub use crate::advice::Place;
+use crate::catalog::intern::IdSet;
 use crate::catalog::{Catalog, Problem, Tables};
 use crate::error::{Result, count};
+use crate::keeper::Kept;
 use crate::store::Store;
 use crate::trash::purge::Purged;
 use figures::Figures;
 pub use json::SCHEMA;
+pub use text::Details;
 pub(super) use text::age;
-pub use text::{Details, Place};
 
 /// What sort of run it was.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -80,6 +84,14 @@ pub struct Report {
     /// What was made whole, as places among the repairs of the plan.
     repaired: Vec<usize>,
     figures: Figures,
+    /// In a dry run that would not take all of it at once: all the garbage, of which `plan` is what goes now.
+    garbage: Option<Arc<Plan>>,
+    /// In a dry run: the blobs that would be fenced.
+    fenced: Total,
+    /// Why nothing was taken, or would be.
+    refusal: Option<String>,
+    /// Who keeps the tags.
+    kept: Kept,
 }
 
 /// Things and their bytes.
@@ -138,7 +150,28 @@ impl Report {
             plan,
             taken: None,
             repaired: Vec::new(),
+            garbage: None,
+            fenced: Total::default(),
+            refusal: None,
+            kept: options.keeper.now(),
         })
+    }
+
+    /// The run stops before its first change, because it would remove too much.
+    pub(super) fn brake(&mut self, extent: Extent) {
+        self.set_taken(Taken::default());
+        self.refusal = Some(extent.refusal());
+    }
+
+    /// Describes what a sweep would do now about the garbage that this is a report of: what it would take, which blobs it
+    /// would fence, or why it would take nothing.
+    pub(super) fn foresee(&mut self, plan: Plan, fence: &IdSet, refusal: Option<String>) {
+        let blobs = self.plan.items.iter().filter_map(Item::blob);
+        blobs.filter(|(id, _)| fence.contains(*id)).for_each(|(_, bytes)| self.fenced.add(bytes));
+        self.refusal = refusal;
+        self.quarantined_bytes = plan.bytes();
+        self.figures.attribute(&self.catalog, &plan, &self.plan.young, None);
+        self.garbage = Some(std::mem::replace(&mut self.plan, Arc::new(plan)));
     }
 
     /// Adds what was given back.
@@ -151,7 +184,7 @@ impl Report {
         let Taken { transaction, items, repaired, failures } = taken;
         self.repaired = repaired;
         if items.len() < self.plan.items.len() {
-            self.figures.attribute(&self.catalog, &self.plan, Some(&items));
+            self.figures.attribute(&self.catalog, &self.plan, &self.plan.young, Some(&items));
             self.taken = Some(items);
         }
         self.quarantined_bytes = self.taken().map(|i| i.bytes).sum();
@@ -176,6 +209,24 @@ impl Report {
         self.failures.is_empty()
     }
 
+    /// All that is garbage and old enough, whether it goes now or later; after a sweep what was taken.
+    fn garbage(&self) -> Box<dyn Iterator<Item = &Item> + '_> {
+        match &self.garbage {
+            Some(garbage) => Box::new(garbage.items.iter()),
+            None => Box::new(self.taken()),
+        }
+    }
+
+    /// Whether all of the garbage that is old enough goes now.
+    fn takes_all(&self) -> bool {
+        self.garbage.as_ref().is_none_or(|garbage| garbage.items.len() == self.plan.items.len())
+    }
+
+    /// Who keeps the tags of the storage.
+    pub fn kept(&self) -> &Kept {
+        &self.kept
+    }
+
     /// What was taken, or would be, in that order.
     pub fn taken(&self) -> impl Iterator<Item = &Item> {
         let all = self.plan.items.iter().filter(|_| self.taken.is_none());
@@ -192,26 +243,42 @@ impl Report {
     }
 
     /// Finds out how much garbage is how far on its way out; what was due at `now` and is no further waits for the
-    /// registry.
-    pub(super) fn set_states(&mut self, store: &dyn Store, tables: &Tables, now: SystemTime) -> Result<()> {
+    /// registry, but for what a sweep would fence now.
+    pub(super) fn set_states(
+        &mut self,
+        store: &dyn Store,
+        tables: &Tables,
+        now: SystemTime,
+        fence: &IdSet,
+    ) -> Result<()> {
         let young = self.plan.young.iter();
         let young = young.map(|y| Unreferenced { id: y.digest, bytes: y.bytes, old_at: y.eligible_at });
-        let old = self.plan.items.iter().filter(|_| self.mode == Mode::DryRun);
-        let old = old.filter_map(|item| match item.what {
-            What::Blob(id) => Some(Unreferenced { id, bytes: item.bytes, old_at: now }),
-            _ => None,
-        });
-        self.states =
-            state::totals(&state::all(store, tables, young.chain(old), &self.options, now, Some(now))?);
+        let blobs = self.plan.items.iter().filter(|_| self.mode == Mode::DryRun).filter_map(Item::blob);
+        let (due, old): (Vec<_>, Vec<_>) = blobs.partition(|(id, _)| fence.contains(*id));
+        let old = old.into_iter().map(|(id, bytes)| Unreferenced { id, bytes, old_at: now });
+        let mut all = state::all(store, tables, young.chain(old), &self.options, now, Some(now))?;
+        all.extend(due.into_iter().map(|(id, bytes)| Standing {
+            digest: tables.digests.get(id),
+            bytes: Some(bytes),
+            state: State::Candidate,
+            since: None,
+            next: Some(now),
+            transaction: None,
+        }));
+        self.states = state::totals(&all);
         Ok(())
     }
 
-    /// What is due and was not taken because of a registry, if nothing could be taken at all.
+    /// Why nothing was taken, or would be, although there is something to take.
     pub fn held_back(&self) -> Option<String> {
+        if let Some(why) = &self.refusal {
+            return Some(why.clone());
+        }
         let Gate::Stop { why } = &self.options.gate else { return None };
         let due = self.states.iter().find(|total| total.state == State::WaitingForRegistry)?;
         let what = format!("{} ({})", count(due.blobs, "blob"), human(due.bytes));
-        Some(format!("nothing was taken: {what} may go by its age, but {why}"))
+        let would = if self.mode == Mode::DryRun { "would be" } else { "was" };
+        Some(format!("nothing {would} taken: {what} may go by its age, but {why}"))
     }
 
     /// What the run relied on.
@@ -223,6 +290,12 @@ impl Report {
     fn problems(&self) -> impl Iterator<Item = (&Problem, u64)> {
         let held_back = self.figures.held_back.iter().copied().chain(std::iter::repeat(0));
         self.catalog.problems.iter().chain(&self.plan.problems).zip(held_back)
+    }
+
+    /// Where the blobs among that were, or are.
+    pub(super) fn taken_blobs(&self) -> impl Iterator<Item = PathBuf> {
+        let blobs = self.taken().filter(|item| item.kind() == ItemKind::Blob);
+        blobs.map(|item| item.path(&self.catalog.tables))
     }
 
     /// Where that was, or is, below the registry directory.
@@ -244,10 +317,10 @@ impl Report {
         totals
     }
 
-    /// What was taken, by kind and reason; the most bytes first.
-    fn totals_by_reason(&self) -> Vec<(ItemKind, &Reason, Total)> {
+    /// Some of what is garbage by kind and reason; the most bytes first.
+    fn totals_by_reason<'a>(items: impl Iterator<Item = &'a Item>) -> Vec<(ItemKind, &'a Reason, Total)> {
         let mut totals: BTreeMap<(ItemKind, &Reason), Total> = BTreeMap::new();
-        for item in self.taken() {
+        for item in items {
             totals.entry((item.kind(), &item.reason)).or_default().add(item.bytes);
         }
         let mut totals: Vec<_> = totals.into_iter().map(|((kind, reason), t)| (kind, reason, t)).collect();
@@ -275,12 +348,30 @@ impl Report {
         let is_nothing = self.taken().next().is_none();
         let what = self.taken_in_words();
         match (self.mode, &self.transaction) {
-            (Mode::DryRun, _) if is_nothing => "nothing to free".to_string(),
-            (Mode::DryRun, _) => format!("a sweep would take {what}"),
+            (Mode::DryRun, _) => self.foreseen(is_nothing, &what),
+            (Mode::Sweep, _) if self.refusal.is_some() => "nothing was taken".to_string(),
             (Mode::Sweep, Some(id)) => format!("took {what} into the trash as {id}"),
             (Mode::Sweep, None) if is_nothing => "nothing to take".to_string(),
             (Mode::Sweep, None) if !self.taken().any(|i| i.kind().is_moved()) => format!("removed {what}"),
             (Mode::Sweep, None) => format!("took and purged {what}"),
+        }
+    }
+
+    /// What a sweep would do now, in a line.
+    fn foreseen(&self, is_nothing: bool, what: &str) -> String {
+        let has_garbage = self.garbage().next().is_some() || self.refusal.is_some();
+        let fence = match self.fenced {
+            Total { count: 0, .. } => None,
+            Total { count: number, bytes } => {
+                Some(format!("fence {} ({})", count(number, "blob"), human(bytes)))
+            }
+        };
+        match (is_nothing, fence) {
+            (true, None) if has_garbage => "a sweep would take nothing now".to_string(),
+            (true, None) => "nothing to free".to_string(),
+            (true, Some(fence)) => format!("a sweep would {fence}"),
+            (false, None) => format!("a sweep would take {what}"),
+            (false, Some(fence)) => format!("a sweep would take {what}, and {fence}"),
         }
     }
 

@@ -14,6 +14,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::http::Place;
 use crate::error::{Error, Result};
+use crate::keeper::Metadata;
 use crate::layout::REGISTRY_DIR;
 use crate::printable::Printable;
 use crate::registry_config::{self, RedisConfig, StoreArgument, Variables};
@@ -105,6 +106,11 @@ impl Process {
         // Another root has another socket of that name.
         let is_ours = |place: &Place| !place.url.starts_with("unix:") || has_our_root(self.pid);
         Facts { place: facts.place.filter(is_ours), ..facts }
+    }
+
+    /// Where it keeps tags and manifests, as far as that is known.
+    pub(super) fn metadata(&self) -> Metadata {
+        self.config.as_ref().map_or(Metadata::Storage, StoreArgument::metadata)
     }
 
     /// What it has to do with the storage.

@@ -38,6 +38,11 @@ pub struct Purged {
 }
 
 impl Purged {
+    /// Whether all that was selected is gone.
+    pub fn is_complete(&self) -> bool {
+        self.failures.is_empty() && self.kept.is_empty()
+    }
+
     /// What was done, for people.
     pub fn text(&self) -> String {
         let mut text = String::new();
@@ -52,6 +57,9 @@ impl Purged {
         }
         for id in &self.transactions {
             text += &format!("purged {id}\n");
+        }
+        if self.transactions.is_empty() && self.is_complete() {
+            return text + "nothing in the trash matches, so nothing was purged\n";
         }
         let freed = ByteSize::b(self.bytes);
         text + &format!("freed {freed} from {}\n", count(self.transactions.len(), "transaction"))

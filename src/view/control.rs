@@ -11,7 +11,7 @@ use crate::trash::Selection;
 
 /// What `control/gc` understands.
 pub const GC_GRAMMAR: &str = "dry-run | sweep [untagged[=7d]] [repository=GLOB] [uploads=7d] [referrers=orphans] [repair] [thorough] \
-     [grace=24h] [drain=10m] [keep=7d] [rate=N] [registry-stopped [force] [cache-emptied]] [now] | stop, with an optional & at the end";
+     [grace=24h] [drain=10m] [keep=7d] [rate=N] [registry-stopped [force] [cache-emptied]] [allow-large] [now] | stop, with an optional & at the end";
 /// What `control/trash` understands.
 pub const TRASH_GRAMMAR: &str =
     "undo <transaction>|last | purge [<transaction>|older=7d] [registry-stopped [force] [cache-emptied]]";
@@ -81,6 +81,7 @@ fn parse_option(word: &str, options: &mut Options) -> std::result::Result<(), St
     match word.split_once('=') {
         None if word == "untagged" => options.untagged = true,
         None if word == "now" => options.now = true,
+        None if word == "allow-large" => options.allow_large = true,
         None if word == "repair" => options.repair = true,
         None if word == "thorough" => options.thorough = true,
         Some(("untagged", value)) => {

@@ -277,6 +277,14 @@ impl Gate {
         }
     }
 
+    /// The gate of a run, and why it is refused: a dry run goes on all the same, and says so.
+    pub fn of_run(gate: Result<Gate>, is_dry_run: bool) -> Result<(Gate, Option<String>)> {
+        match gate {
+            Err(e) if is_dry_run => Ok((Gate::Stop { why: e.to_string() }, Some(e.to_string()))),
+            gate => Ok((gate?, None)),
+        }
+    }
+
     /// What nobody said anything about.
     pub fn unknown() -> Gate {
         Gate::Stop { why: UNKNOWN.to_string() }

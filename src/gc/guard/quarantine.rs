@@ -52,7 +52,7 @@ impl Round<'_> {
             if progress.is_stopped() {
                 return Ok(());
             }
-            if stage.is_unanswered || self.is_remembered(blob)? || self.options.named.contains(&blob.digest) {
+            if self.waits_again(stage, blob)? {
                 remembered.push(blob.digest);
             }
         }
@@ -85,6 +85,24 @@ impl Round<'_> {
         self.store.sync()?;
         // All of it may have had to wait again.
         transaction.discard_if_empty(self.store)
+    }
+
+    /// Whether a blob that is due has to wait once more, because somebody may count on it.
+    fn waits_again(&self, stage: &Stage, blob: &Fenced) -> Result<bool> {
+        Ok(stage.is_unanswered || self.is_remembered(blob)? || self.options.named.contains(&blob.digest))
+    }
+
+    /// The blobs that are due and would not move now. Asks registries, and tells them nothing; what can't be answered stays.
+    pub(in crate::gc) fn remembered(&self, course: &Course) -> Result<IdSet> {
+        let mut staying = IdSet::default();
+        for transaction in &course.due {
+            let Some(Ok(stage)) = &transaction.stage else { continue };
+            for blob in self.places(transaction, stage)? {
+                let stays = self.is_linked(&blob)? || self.waits_again(stage, &blob).unwrap_or(true);
+                staying.extend(self.catalog.tables.digests.find(&blob.digest).filter(|_| stays).as_ref());
+            }
+        }
+        Ok(staying)
     }
 
     /// Tells registries a second time what was removed at once, now that no request is under way that has seen it.

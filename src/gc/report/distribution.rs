@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use super::Report;
+use crate::advice::Place;
 use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Keeps, Parsed, Repository};
 use crate::gc::plan::What;
@@ -37,7 +38,7 @@ impl Report {
             let gone = gone.get(&catalog.tables.names.intern(name.as_os_str()));
             self.write_marking(out, name, repository, gone, &mut mark)?;
         }
-        let taken = || self.taken();
+        let taken = || self.listed();
         let manifests = taken().filter(|i| matches!(i.what, What::Revision(..))).count();
         let blobs = taken().filter(|i| matches!(i.what, What::Blob(_))).count();
         writeln!(
@@ -111,10 +112,10 @@ impl Report {
         Ok(())
     }
 
-    /// The manifests that were taken, or would be, by repository.
+    /// The manifests that were taken, or may be, by repository.
     fn gone(&self) -> HashMap<NameId, IdSet> {
         let mut gone: HashMap<NameId, IdSet> = HashMap::new();
-        for item in self.taken() {
+        for item in self.listed() {
             if let What::Revision(name, id) = item.what {
                 gone.entry(name).or_default().insert(id);
             }
@@ -123,7 +124,10 @@ impl Report {
     }
 
     /// Writes what the stock collector has no line for; goes to stderr beside [`Report::write_distribution`].
-    pub fn write_remarks(&self, out: &mut dyn Write) -> io::Result<()> {
+    pub fn write_remarks(&self, out: &mut dyn Write, place: Place<'_>) -> io::Result<()> {
+        if let Some(why) = &self.refusal {
+            writeln!(out, "regfs: held back: {}", place.say(why))?;
+        }
         for (problem, _) in self.problems() {
             writeln!(
                 out,

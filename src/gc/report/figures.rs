@@ -11,7 +11,7 @@ use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Catalog, Effect, Keeps, Problem, Repository};
 use crate::error::Result;
 use crate::gc::mark;
-use crate::gc::plan::{Item, Plan, What};
+use crate::gc::plan::{Item, Plan, What, Young};
 use crate::layout::{self, Kind};
 use crate::store::Store;
 
@@ -39,6 +39,10 @@ pub(super) struct Usage {
     pub(super) kept_bytes: u64,
     /// Bytes that were taken, or would be, of blobs that it has links to, and of its own things.
     pub(super) taken_bytes: u64,
+    /// The same of all the garbage that is old enough, whether it goes now or later.
+    pub(super) garbage_bytes: u64,
+    /// Manifests among that.
+    pub(super) garbage_manifests: usize,
     /// Bytes of garbage that is too young, of blobs that it has links to.
     pub(super) young_bytes: u64,
     /// Manifests that were taken, or would be.
@@ -86,12 +90,23 @@ impl Figures {
         }
         figures.held_back = held_back(catalog, &gone, &mut walk);
         drop(walk);
-        figures.attribute(catalog, plan, None);
+        figures.attribute(catalog, plan, &plan.young, None);
+        for usage in figures.repositories.iter_mut().chain([&mut figures.unclaimed]) {
+            usage.garbage_bytes = usage.taken_bytes;
+            usage.garbage_manifests = usage.manifests_taken;
+        }
         Ok(figures)
     }
 
-    /// Says whose the garbage is; of the items only those at the places `taken` of the plan, `None` for all.
-    pub(super) fn attribute(&mut self, catalog: &Catalog, plan: &Plan, taken: Option<&[usize]>) {
+    /// Says whose the garbage is, that which is `young` included; of the items only those at the places `taken` of the plan,
+    /// `None` for all.
+    pub(super) fn attribute(
+        &mut self,
+        catalog: &Catalog,
+        plan: &Plan,
+        young: &[Young],
+        taken: Option<&[usize]>,
+    ) {
         let items: Box<dyn Iterator<Item = &Item>> = match taken {
             None => Box::new(plan.items.iter()),
             Some(taken) => Box::new(taken.iter().filter_map(|at| plan.items.get(*at))),
@@ -109,7 +124,7 @@ impl Figures {
                 *own.entry(name).or_default() += item.bytes;
             }
         }
-        blobs.extend(plan.young.iter().map(|y| Blob::new(y.digest, y.bytes, true)));
+        blobs.extend(young.iter().map(|y| Blob::new(y.digest, y.bytes, true)));
         let mut garbage = Garbage::new(catalog, blobs);
         for (at, (name, repository)) in catalog.repositories.iter().enumerate() {
             let Some(usage) = self.repositories.get_mut(at) else { continue };
@@ -121,7 +136,8 @@ impl Figures {
             usage.taken_bytes += own.get(&id).copied().unwrap_or(0);
         }
         let (taken_bytes, young_bytes) = garbage.unclaimed();
-        self.unclaimed = Usage { taken_bytes, young_bytes, ..Usage::default() };
+        let garbage_bytes = self.unclaimed.garbage_bytes;
+        self.unclaimed = Usage { taken_bytes, young_bytes, garbage_bytes, ..Usage::default() };
     }
 }
 

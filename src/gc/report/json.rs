@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use serde::{Serialize, Serializer};
 
 use super::{Mode, Report, timestamp};
+use crate::advice::Place;
 use crate::digest::Digest;
 use crate::gc::guard::state::Total;
 use crate::gc::plan::ItemKind;
@@ -33,17 +34,20 @@ struct Json<'a> {
     transaction: Option<&'a str>,
     gate: &'a str,
     gate_reason: String,
+    metadata: &'static str,
+    held_back: Option<String>,
     states: &'a [Total],
     by_kind: Vec<KindTotal>,
     by_reason: Vec<ReasonTotal>,
     by_repository: Repositories<'a>,
     taken: Taken<'a>,
     kept_young: Young<'a>,
+    kept_young_manifests: YoungManifests<'a>,
     repairs: Vec<ReportedRepair>,
     dropped_transactions: &'a [String],
     purged_transactions: &'a [String],
     restored: Vec<String>,
-    failures: &'a [String],
+    failures: Vec<String>,
     problems: Problems<'a>,
 }
 
@@ -68,6 +72,7 @@ struct RepositoryUsage {
     repository: Option<String>,
     kept_bytes: u64,
     taken_bytes: u64,
+    garbage_bytes: u64,
     young_bytes: u64,
     manifests_taken: usize,
 }
@@ -89,6 +94,14 @@ struct KeptYoung {
 }
 
 #[derive(Serialize)]
+struct KeptYoungManifest {
+    repository: String,
+    digest: Digest,
+    /// `null`: a younger manifest holds it.
+    eligible_at: Option<String>,
+}
+
+#[derive(Serialize)]
 struct ReportedRepair {
     path: String,
     what: String,
@@ -106,6 +119,7 @@ struct ReportedProblem<'a> {
 struct Repositories<'a>(&'a Report);
 struct Taken<'a>(&'a Report);
 struct Young<'a>(&'a Report);
+struct YoungManifests<'a>(&'a Report);
 struct Problems<'a>(&'a Report);
 
 impl Serialize for Repositories<'_> {
@@ -117,6 +131,7 @@ impl Serialize for Repositories<'_> {
                 repository: (!name.is_empty()).then_some(name),
                 kept_bytes: usage.kept_bytes,
                 taken_bytes: usage.taken_bytes,
+                garbage_bytes: usage.garbage_bytes,
                 young_bytes: usage.young_bytes,
                 manifests_taken: usage.manifests_taken,
             }
@@ -148,6 +163,17 @@ impl Serialize for Young<'_> {
     }
 }
 
+impl Serialize for YoungManifests<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Report { catalog, plan, .. } = self.0;
+        serializer.collect_seq(plan.young_manifests.iter().map(|young| KeptYoungManifest {
+            repository: catalog.name(young.repository).to_string_lossy().into_owned(),
+            digest: catalog.digest(young.digest),
+            eligible_at: young.eligible_at.map(timestamp),
+        }))
+    }
+}
+
 impl Serialize for Problems<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(self.0.problems().map(|(problem, held_back_bytes)| ReportedProblem {
@@ -161,9 +187,9 @@ impl Serialize for Problems<'_> {
 
 impl Report {
     /// Writes the report for programs, with a line feed at the end.
-    pub fn write_json(&self, out: &mut dyn Write) -> io::Result<()> {
+    pub fn write_json(&self, out: &mut dyn Write, place: Place<'_>) -> io::Result<()> {
         let by_kind = self.totals_by_kind().into_iter();
-        let by_reason = self.totals_by_reason().into_iter();
+        let by_reason = Report::totals_by_reason(self.taken()).into_iter();
         let json = Json {
             schema: SCHEMA,
             mode: self.mode,
@@ -182,7 +208,9 @@ impl Report {
             young_bytes: self.plan.young.iter().map(|y| y.bytes).sum(),
             transaction: self.transaction.as_deref(),
             gate: self.options.gate.word(),
-            gate_reason: self.options.gate.to_string(),
+            gate_reason: place.say(&self.options.gate.to_string()),
+            metadata: self.kept.word(),
+            held_back: self.held_back().map(|why| place.say(&why)),
             states: &self.states,
             by_kind: by_kind.map(|(kind, t)| KindTotal { kind, count: t.count, bytes: t.bytes }).collect(),
             by_reason: by_reason
@@ -196,6 +224,7 @@ impl Report {
             by_repository: Repositories(self),
             taken: Taken(self),
             kept_young: Young(self),
+            kept_young_manifests: YoungManifests(self),
             repairs: self
                 .repairs()
                 .map(|(repair, done)| ReportedRepair {
@@ -207,7 +236,7 @@ impl Report {
             dropped_transactions: &self.dropped_transactions,
             purged_transactions: &self.purged_transactions,
             restored: self.restored.iter().map(|path| path.to_string_lossy().into_owned()).collect(),
-            failures: &self.failures,
+            failures: self.failures.iter().map(|failure| place.say(failure)).collect(),
             problems: Problems(self),
         };
         serde_json::to_writer_pretty(&mut *out, &json)?;

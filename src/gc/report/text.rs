@@ -3,19 +3,23 @@
 //! First what is wrong, then who uses the space, then what was taken and why, then what came of it and what to do next.
 
 use std::io::{self, Write};
-use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::figures::Usage;
 use super::{Mode, Report, Total, human, timestamp};
+use crate::advice::{Advice, Place};
 use crate::error::count;
 use crate::gc::plan::{Item, ItemKind};
+use crate::keeper::Kept;
 use crate::printable::Printable;
 
 /// How many repositories and problems are shown unless all are asked for.
 const SHOWN: usize = 20;
 /// How many things a control file lists, where nothing can be asked for.
 const FEW: usize = 1000;
+
+/// Clocks of two machines, and the times of a filesystem, differ by so much without anything being wrong.
+const CLOCKS_DIFFER: Duration = Duration::from_secs(60);
 
 /// How much is shown.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -26,61 +30,36 @@ pub enum Details {
     Everything,
 }
 
-/// Where the report is read: commands to go on with look different there.
-#[derive(Clone, Copy, Debug)]
-pub enum Place<'a> {
-    /// The command line, about this store.
-    CommandLine(&'a Path),
-    /// A control file.
-    ControlFile,
-}
-
-impl Place<'_> {
-    /// The command that gives a transaction back (`undo`) or frees it (`purge`).
-    pub fn trash(&self, command: &str, id: &str) -> String {
-        match self {
-            Place::CommandLine(store) => {
-                format!("regfs trash {} {command} {}", store.printable(), id.printable())
-            }
-            Place::ControlFile => format!("echo '{command} {id}' > control/trash"),
-        }
-    }
-
-    /// The command that shows what a sweep would take.
-    pub(in crate::gc) fn dry_run(&self) -> String {
-        match self {
-            Place::CommandLine(store) => format!("regfs gc {} --dry-run", store.printable()),
-            Place::ControlFile => "echo dry-run > control/gc; cat control/gc".to_string(),
-        }
-    }
-
-    fn sweep(&self) -> &'static str {
-        match self {
-            Place::CommandLine(_) => "run this without --dry-run",
-            Place::ControlFile => "write sweep instead of dry-run",
-        }
-    }
-
-    fn all(&self) -> &'static str {
-        match self {
-            Place::CommandLine(_) => "--verbose shows all",
-            Place::ControlFile => "regfs gc STORE --dry-run --verbose shows all",
-        }
-    }
-}
-
 impl Report {
     /// Writes the report for people.
     pub fn write_text(&self, out: &mut dyn Write, place: Place<'_>, details: Details) -> io::Result<()> {
+        self.write_notes(out, place)?;
         self.write_problems(out, place, details)?;
-        self.write_usage(out, place, details)?;
+        if !matches!(self.kept, Kept::Database(_)) {
+            self.write_usage(out, place, details)?;
+        }
         if details == Details::Everything {
             self.write_things(out)?;
         }
         self.write_totals(out)?;
-        self.write_repairs(out, details)?;
+        self.write_repairs(out, place, details)?;
         self.write_trash(out)?;
         self.write_outcome(out, place)
+    }
+
+    /// What has to be known before anything else is read.
+    fn write_notes(&self, out: &mut dyn Write, place: Place<'_>) -> io::Result<()> {
+        match (&self.refusal, &self.kept) {
+            (Some(why), _) if self.mode == Mode::DryRun => {
+                writeln!(out, "note: a sweep with the same words would take nothing: {}\n", place.say(why))
+            }
+            (_, Kept::Harbor(_)) => writeln!(
+                out,
+                "note: {}: delete there, and let sweeps take what nothing leads to afterwards\n",
+                self.kept
+            ),
+            _ => Ok(()),
+        }
     }
 
     /// Every single thing where they are few: a control file has no word to ask for them.
@@ -112,7 +91,7 @@ impl Report {
             writeln!(out, "    {}{held_back}", problem.effect)?;
         }
         if problems.len() > shown {
-            writeln!(out, "  … and {} more; {}", problems.len() - shown, place.all())?;
+            writeln!(out, "  … and {} more; {}", problems.len() - shown, all_shown(place))?;
         }
         writeln!(out)
     }
@@ -120,39 +99,59 @@ impl Report {
     /// The repositories, those with the most garbage first.
     fn write_usage(&self, out: &mut dyn Write, place: Place<'_>, details: Details) -> io::Result<()> {
         let mut repositories: Vec<&Usage> = self.figures.repositories.iter().collect();
-        repositories.sort_by_key(|u| {
-            std::cmp::Reverse((u.taken_bytes, u.manifests_taken, u.young_bytes, u.kept_bytes))
-        });
+        let shown_of = |usage: &Usage| self.shown(usage);
+        repositories.sort_by_key(|u| std::cmp::Reverse((shown_of(u), u.young_bytes, u.kept_bytes)));
         let shown = if details == Details::Everything { repositories.len() } else { SHOWN };
         let (taken, manifests) = match (self.mode, &self.transaction) {
-            (Mode::DryRun, _) => ("TO FREE", "MANIFESTS TO TAKE"),
+            (Mode::DryRun, _) if self.takes_all() => ("TO FREE", "MANIFESTS TO TAKE"),
+            (Mode::DryRun, _) => ("GARBAGE", "MANIFESTS"),
+            (Mode::Sweep, _) if self.refusal.is_some() => ("GARBAGE", "MANIFESTS"),
             (Mode::Sweep, Some(_)) => ("TAKEN", "MANIFESTS TAKEN"),
             (Mode::Sweep, None) => ("FREED", "MANIFESTS TAKEN"),
         };
         let mut rows = vec![row("REPOSITORY", ["KEPT", taken, "YOUNG", manifests].map(String::from))];
         let name = |usage: &Usage| usage.repository.printable().to_string();
-        rows.extend(repositories.iter().take(shown).map(|u| usage_row(&name(u), u)));
+        rows.extend(repositories.iter().take(shown).map(|u| usage_row(&name(u), u, shown_of(u))));
         if repositories.len() > shown {
             let rest = repositories.len() - shown;
-            rows.push(row(&format!("… and {rest} more; {}", place.all()), Default::default()));
+            rows.push(row(&format!("… and {rest} more; {}", all_shown(place)), Default::default()));
         }
         let unclaimed = &self.figures.unclaimed;
         if unclaimed != &Usage::default() {
-            rows.push(usage_row("(no repository)", unclaimed));
+            rows.push(usage_row("(no repository)", unclaimed, shown_of(unclaimed)));
         }
-        rows.push(usage_row("all, each blob once", &self.all()));
+        let all = self.all();
+        rows.push(usage_row("all, each blob once", &all, (all.taken_bytes, all.manifests_taken)));
         write_table(out, &rows)?;
         writeln!(out)
+    }
+
+    /// The bytes and manifests of a repository that a table shows: what was taken, or the garbage where not all of that
+    /// goes at once.
+    fn shown(&self, usage: &Usage) -> (u64, usize) {
+        match self.mode == Mode::DryRun || self.refusal.is_some() {
+            true => (usage.garbage_bytes, usage.garbage_manifests),
+            false => (usage.taken_bytes, usage.manifests_taken),
+        }
+    }
+
+    /// What a table and the totals are about; see [`Report::shown`].
+    pub(super) fn listed(&self) -> Box<dyn Iterator<Item = &Item> + '_> {
+        match self.mode == Mode::Sweep && self.refusal.is_some() {
+            true => Box::new(self.plan.items.iter()),
+            false => self.garbage(),
+        }
     }
 
     /// What the whole store holds, each blob once.
     fn all(&self) -> Usage {
         let is_manifest = |item: &&Item| item.kind() == ItemKind::Revision;
+        let young = self.garbage.as_ref().unwrap_or(&self.plan).young.iter();
         Usage {
             kept_bytes: self.figures.kept_bytes,
-            taken_bytes: self.taken().map(|i| i.bytes).sum(),
-            young_bytes: self.plan.young.iter().map(|y| y.bytes).sum(),
-            manifests_taken: self.taken().filter(is_manifest).count(),
+            taken_bytes: self.listed().map(|i| i.bytes).sum(),
+            young_bytes: young.map(|y| y.bytes).sum(),
+            manifests_taken: self.listed().filter(is_manifest).count(),
             ..Usage::default()
         }
     }
@@ -160,7 +159,7 @@ impl Report {
     /// A line for each thing: what, which, bytes, why.
     fn write_things(&self, out: &mut dyn Write) -> io::Result<()> {
         let tables = &self.catalog.tables;
-        for item in self.taken() {
+        for item in self.listed() {
             let bytes = if item.bytes > 0 { format!(" {}", human(item.bytes)) } else { String::new() };
             let noun = item.kind().noun().replace(' ', "-");
             match (item.kind(), item.digest()) {
@@ -174,14 +173,14 @@ impl Report {
             let from = timestamp(young.eligible_at);
             writeln!(out, "young {digest} {bytes}: no manifest names it; may be taken from {from}")?;
         }
-        if self.taken().next().is_some() || !self.plan.young.is_empty() {
+        if self.listed().next().is_some() || !self.plan.young.is_empty() {
             writeln!(out)?;
         }
         Ok(())
     }
 
     fn write_totals(&self, out: &mut dyn Write) -> io::Result<()> {
-        let totals = self.totals_by_reason();
+        let totals = Report::totals_by_reason(self.listed());
         let rows: Vec<[String; 3]> = totals
             .iter()
             .map(|(kind, reason, Total { count: number, bytes })| {
@@ -201,7 +200,7 @@ impl Report {
     }
 
     /// What is broken and can be made whole, or was.
-    fn write_repairs(&self, out: &mut dyn Write, details: Details) -> io::Result<()> {
+    fn write_repairs(&self, out: &mut dyn Write, place: Place<'_>, details: Details) -> io::Result<()> {
         let shown = if details == Details::Everything { usize::MAX } else { SHOWN };
         for (repair, is_done) in self.repairs().take(shown) {
             let word = if is_done { "repaired" } else { "can be repaired" };
@@ -212,28 +211,38 @@ impl Report {
             0 => Ok(()),
             _ => writeln!(
                 out,
-                "{} can be made whole by a sweep with repair\n",
-                count(broken, "broken or missing link")
+                "{}\n",
+                place.say(&format!(
+                    "{} can be made whole: {}",
+                    count(broken, "broken or missing link"),
+                    Advice::Repair
+                ))
             ),
         }
     }
 
     fn write_trash(&self, out: &mut dyn Write) -> io::Result<()> {
+        let is_foreseen = self.mode == Mode::DryRun;
+        let (back, dropped, purged) = match is_foreseen {
+            false => ("given back", "dropped", "purged"),
+            true => ("would be given back", "would drop", "would purge"),
+        };
         for path in &self.restored {
-            writeln!(out, "given back: {} is in use again", path.printable())?;
+            writeln!(out, "{back}: {} is in use again", path.printable())?;
         }
+        let gone = if is_foreseen { "would be gone" } else { "are gone now" };
         for id in &self.dropped_transactions {
-            writeln!(out, "dropped {id} from the trash: its undo needed bytes that are gone now")?;
+            writeln!(out, "{dropped} {} from the trash: its undo needs bytes that {gone}", id.printable())?;
         }
         for id in &self.purged_transactions {
-            writeln!(out, "purged {id}: the trash kept it long enough")?;
+            writeln!(out, "{purged} {}: the trash kept it long enough", id.printable())?;
         }
         Ok(())
     }
 
     fn write_outcome(&self, out: &mut dyn Write, place: Place<'_>) -> io::Result<()> {
         for failure in &self.failures {
-            writeln!(out, "failed: {failure}")?;
+            writeln!(out, "failed: {}", place.say(&failure.printable().to_string()))?;
         }
         let catalog = &self.catalog;
         writeln!(
@@ -243,29 +252,44 @@ impl Report {
             count(catalog.manifests.len(), "manifest"),
             count(catalog.blobs.len(), "blob"),
         )?;
-        self.write_steps(out)?;
-        if !self.plan.is_thorough {
-            let thorough = match place {
-                Place::CommandLine(_) => "--thorough",
-                Place::ControlFile => "thorough",
-            };
+        self.write_steps(out, place)?;
+        self.write_young_manifests(out)?;
+        if !self.plan.is_thorough && !matches!(self.kept, Kept::Database(_)) {
+            let thorough = place.say("{+thorough}");
             writeln!(out, "{thorough} finds what is left over in directories of what is in use, too")?;
         }
         writeln!(out, "{}", self.outcome())?;
-        if self.mode == Mode::Sweep && self.freed_bytes > 0 {
-            writeln!(out, "freed {} in all", human(self.freed_bytes))?;
+        match self.held_back().filter(|_| self.mode == Mode::Sweep) {
+            Some(why) => writeln!(out, "{}", place.say(&why))?,
+            None if self.mode == Mode::Sweep && self.freed_bytes > 0 => {
+                writeln!(out, "freed {} in all", human(self.freed_bytes))?;
+            }
+            None => {}
         }
         self.write_next(out, place)
     }
 
     /// What is garbage and stays for now; beside a registry, where it stands.
-    fn write_steps(&self, out: &mut dyn Write) -> io::Result<()> {
-        if self.options.gate.is_beside() && self.mode == Mode::Sweep {
-            writeln!(out, "registry: {}", self.options.gate)?;
+    fn write_steps(&self, out: &mut dyn Write, place: Place<'_>) -> io::Result<()> {
+        if self.options.gate.is_beside() && !matches!(self.kept, Kept::Database(_)) {
+            let gate = &self.options.gate;
+            writeln!(out, "registry: {}", place.say(&gate.to_string()))?;
             for total in &self.states {
-                writeln!(out, "{}", total.text(&self.options.gate))?;
+                writeln!(out, "{}", place.say(&total.text(gate)))?;
             }
-            return Ok(());
+            if self.mode == Mode::DryRun && self.states.is_empty() {
+                return Ok(());
+            }
+            if self.mode == Mode::DryRun {
+                let [grace, drain, keep] =
+                    [self.options.grace, self.options.drain, self.options.keep].map(age);
+                writeln!(
+                    out,
+                    "beside it a sweep goes in steps, a run for each: seen unused for {grace}, fenced for {drain}, in the \
+                     trash for {keep}"
+                )?;
+            }
+            return self.write_future(out);
         }
         if let Some(next) = self.plan.young.iter().map(|y| y.eligible_at).min() {
             writeln!(
@@ -277,16 +301,41 @@ impl Report {
                 timestamp(next),
             )?;
         }
-        if self.options.gate.is_beside() {
-            let [grace, drain, keep] = [self.options.grace, self.options.drain, self.options.keep].map(age);
-            writeln!(out, "registry: {}", self.options.gate)?;
-            writeln!(
+        self.write_future(out)
+    }
+
+    /// Garbage that its times make younger than it can be.
+    fn write_future(&self, out: &mut dyn Write) -> io::Result<()> {
+        let blobs = self.plan.young.iter().map(|y| (y.eligible_at, self.options.grace));
+        let age = self.options.grace.max(self.options.untagged_for);
+        let manifests = self.plan.young_manifests.iter().filter_map(|y| Some((y.eligible_at?, age)));
+        let in_future = |(eligible_at, age): (SystemTime, Duration)| {
+            eligible_at.checked_sub(age).filter(|last_used| *last_used > self.started_at + CLOCKS_DIFFER)
+        };
+        let times: Vec<SystemTime> = blobs.chain(manifests).filter_map(in_future).collect();
+        match times.iter().max() {
+            None => Ok(()),
+            Some(last) => writeln!(
                 out,
-                "beside it a sweep goes in steps, a run for each: seen unused for {grace}, fenced for {drain}, in the trash \
-                 for {keep}"
-            )?;
+                "{} of these {} in the future, up to {}: a clock was wrong, or is now, and until then they count as young",
+                times.len(),
+                if times.len() == 1 { "has a time" } else { "have times" },
+                timestamp(*last)
+            ),
         }
-        Ok(())
+    }
+
+    /// Manifests that no tag leads to and that are too young.
+    fn write_young_manifests(&self, out: &mut dyn Write) -> io::Result<()> {
+        let young = &self.plan.young_manifests;
+        if young.is_empty() {
+            return Ok(());
+        }
+        let age = age(self.options.grace.max(self.options.untagged_for));
+        let next = young.iter().filter_map(|manifest| manifest.eligible_at).min();
+        let from =
+            next.map_or_else(String::new, |next| format!("; the next may be taken from {}", timestamp(next)));
+        writeln!(out, "left {} younger than {age} (grace){from}", count(young.len(), "untagged manifest"))
     }
 
     /// What to do next.
@@ -298,33 +347,48 @@ impl Report {
             let failures = count(self.failures.len(), "failure");
             writeln!(out, "not finished: {failures}; run it again when that is mended")?;
         }
-        let is_something = self.taken().next().is_some();
+        let would_act = self.taken().next().is_some() || self.fenced.count > 0;
         match (self.mode, &self.transaction) {
-            (Mode::DryRun, _) if is_something => {
-                writeln!(out, "next: {} to move it to the trash", place.sweep())
+            (Mode::DryRun, _) if would_act => {
+                let sweep = match place {
+                    Place::CommandLine(_) => "run this without --dry-run",
+                    Place::ControlFile => "write sweep instead of dry-run",
+                };
+                writeln!(out, "next: {sweep} to move it to the trash")
             }
-            (Mode::Sweep, Some(id)) => {
-                let [purge, undo] = ["purge", "undo"].map(|command| place.trash(command, id));
-                if self.options.gate.is_beside() {
-                    match self.next_step() {
-                        Some(wait) => {
-                            let at = timestamp(self.finished_at + wait + Duration::from_secs(1));
-                            writeln!(
-                                out,
-                                "next: the step after this is due at {at}; the first run after that takes it"
-                            )?;
-                        }
-                        None => writeln!(out, "next: later runs go on")?,
-                    }
-                    return writeln!(out, "      {undo}  brings back what was taken");
-                }
-                let width = purge.len().max(undo.len());
-                let keep = age(self.options.keep);
-                writeln!(out, "next: {purge:<width$}  frees the space; a run after {keep} does it, too")?;
-                writeln!(out, "      {undo:<width$}  brings it back")
-            }
+            (Mode::Sweep, Some(id)) => self.write_next_of(out, place, id),
             _ => Ok(()),
         }
+    }
+
+    /// What to do about a transaction that was taken.
+    fn write_next_of(&self, out: &mut dyn Write, place: Place<'_>, id: &str) -> io::Result<()> {
+        let (purge, undo) = (Advice::Purge(id.to_string()).at(place), Advice::Undo(id.to_string()).at(place));
+        if self.options.gate.is_beside() {
+            match self.next_step() {
+                Some(wait) => {
+                    let at = timestamp(self.finished_at + wait + Duration::from_secs(1));
+                    writeln!(
+                        out,
+                        "next: the step after this is due at {at}; the first run after that takes it"
+                    )?;
+                }
+                None => writeln!(out, "next: later runs go on")?,
+            }
+            return writeln!(out, "      {undo}  brings back what was taken");
+        }
+        let width = purge.len().max(undo.len());
+        let keep = age(self.options.keep);
+        writeln!(out, "next: {purge:<width$}  frees the space; a run after {keep} does it, too")?;
+        writeln!(out, "      {undo:<width$}  brings it back")
+    }
+}
+
+/// How to see all of what is cut short.
+fn all_shown(place: Place<'_>) -> &'static str {
+    match place {
+        Place::CommandLine(_) => "--verbose shows all",
+        Place::ControlFile => "regfs gc --dry-run --verbose shows all",
     }
 }
 
@@ -344,10 +408,10 @@ pub(in crate::gc) fn age(duration: Duration) -> String {
 /// What a cell says where there is nothing.
 const NOTHING: &str = "-";
 
-fn usage_row(name: &str, usage: &Usage) -> Row {
+fn usage_row(name: &str, usage: &Usage, (shown, manifests): (u64, usize)) -> Row {
     let bytes = |number: u64| if number == 0 { NOTHING.to_string() } else { human(number) };
-    let [kept, taken, young] = [usage.kept_bytes, usage.taken_bytes, usage.young_bytes].map(bytes);
-    let manifests = match usage.manifests_taken {
+    let [kept, taken, young] = [usage.kept_bytes, shown, usage.young_bytes].map(bytes);
+    let manifests = match manifests {
         0 => NOTHING.to_string(),
         number => number.to_string(),
     };

@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::chains::reference;
-use super::report::{Place, age, human, timestamp};
+use super::report::{age, human, timestamp};
 use super::{Chain, Garbage, Link, Root, Step, Why};
+use crate::advice::{Advice, Place};
 use crate::error::count;
 use crate::printable::Printable;
 
@@ -130,10 +131,10 @@ impl Why {
             return Ok(());
         }
         if let Some(trashed) = self.best_undo() {
-            return writeln!(out, "next: {}  brings it back", place.trash("undo", &trashed.id));
+            return writeln!(out, "next: {}  brings it back", Advice::Undo(trashed.id.clone()).at(place));
         }
         match self.garbage.is_some() {
-            true => writeln!(out, "next: {}  shows what a sweep would take", place.dry_run()),
+            true => writeln!(out, "next: {}  shows what a sweep would take", Advice::DryRun.at(place)),
             false => Ok(()),
         }
     }
