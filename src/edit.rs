@@ -9,6 +9,7 @@
 //!    While an index of the repository holds it, it stays.
 //! 3. Taking goes tag → revision. What turns out to have changed meanwhile is put back as it was.
 
+pub mod relocate;
 pub mod tag;
 
 use std::collections::{BTreeSet, HashMap};
@@ -302,18 +303,25 @@ pub fn take_upload(
     grace: Duration,
     begin: &mut dyn FnMut() -> Result<Transaction>,
 ) -> Result<()> {
-    let started = upload_started(store, repository, upload)?;
-    let is_young = |s: SystemTime| SystemTime::now().duration_since(s).map_or(true, |age| age < grace);
-    if !grace.is_zero() && started.is_some_and(is_young) {
-        let why = format!(
-            "upload {} may still be in progress: it began less than {} ago",
-            upload.printable(),
-            humantime::format_duration(grace)
-        );
-        return Err(Error::Busy { why });
-    }
+    refuse_young_upload(store, repository, upload, grace)?;
     begin()?.take(store, &layout::upload_dir(repository, upload))?;
     store.sync()
+}
+
+/// Fails for an upload that began less than `grace` ago.
+fn refuse_young_upload(store: &dyn Store, repository: &Path, upload: &OsStr, grace: Duration) -> Result<()> {
+    let started = upload_started(store, repository, upload)?;
+    let is_young = |s: SystemTime| SystemTime::now().duration_since(s).map_or(true, |age| age < grace);
+    if grace.is_zero() || !started.is_some_and(is_young) {
+        return Ok(());
+    }
+    let why = format!(
+        "upload {} of {} may still be in progress: it began less than {} ago",
+        upload.printable(),
+        repository.printable(),
+        humantime::format_duration(grace)
+    );
+    Err(Error::Busy { why })
 }
 
 /// Takes what is left of a repository without images: `_manifests`, `_uploads`, `_layers`, in this order.

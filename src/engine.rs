@@ -16,6 +16,7 @@ pub mod fresh;
 mod guarding;
 mod journal;
 mod keeping;
+mod relocate;
 mod remove;
 mod retag;
 mod retired;

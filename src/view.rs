@@ -7,7 +7,7 @@
 
 pub mod attributes;
 pub mod control;
-mod links;
+pub mod links;
 pub mod node;
 pub mod reachability;
 pub mod stale;

@@ -57,8 +57,8 @@ pub fn named_by(text: &Path) -> Result<Digest> {
     };
     digest.ok_or_else(|| {
         Error::invalid(format!(
-            "{:?} names no manifest: a tag is a symlink to a path that ends in sha256/<64 hex digits>; `cp -P OLD NEW` \
-             makes one like another",
+            "{:?} names no image: a tag is a symlink to another tag, to an image reference (app:1.6) or to a path that ends \
+             in sha256/<64 hex digits>",
             text.printable().to_string()
         ))
     })
@@ -86,18 +86,32 @@ impl Claim {
     /// A `read` for each manifest and each link, a `stat` for each blob.
     pub fn plan(store: &dyn Store, catalog: &Catalog, repository: &Path, digest: &Digest) -> Result<Claim> {
         let has = |r: &&Repository| has_revision(catalog, r, digest);
+        let holder = catalog.repository(repository).map(|r| &**r).filter(has);
+        Claim::plan_all(store, catalog, holder, repository, [*digest])
+    }
+
+    /// The same for many manifests; of the children of indexes only those that `holder` has, if there is one.
+    pub fn plan_all(
+        store: &dyn Store,
+        catalog: &Catalog,
+        holder: Option<&Repository>,
+        repository: &Path,
+        digests: impl IntoIterator<Item = Digest>,
+    ) -> Result<Claim> {
         let mut planner = Planner {
             store,
             catalog,
-            holder: catalog.repository(repository).map(|r| &**r).filter(has),
+            holder,
             manifests: BTreeSet::new(),
             blobs: BTreeSet::new(),
             claim: Claim { repository: repository.to_path_buf(), layers: Vec::new(), revisions: Vec::new() },
         };
-        match planner.manifest(digest, 0)? {
-            true => Ok(planner.claim),
-            false => Err(planner.missing("manifest", digest)),
+        for digest in digests {
+            if !planner.manifest(&digest, 0)? {
+                return Err(planner.missing("manifest", &digest));
+            }
         }
+        Ok(planner.claim)
     }
 
     /// Writes it.
@@ -119,7 +133,7 @@ impl Claim {
 struct Planner<'a> {
     store: &'a dyn Store,
     catalog: &'a Catalog,
-    /// The repository, when it has the manifest already.
+    /// The repository that has the manifest already, if it is about that one's children only.
     holder: Option<&'a Repository>,
     /// What was looked at and is there.
     manifests: BTreeSet<Digest>,
@@ -338,7 +352,7 @@ fn point(
 }
 
 /// Writes the two links of a tag that is not there.
-fn create(store: &dyn Store, repository: &Path, tag: &OsStr, digest: &Digest) -> Result<()> {
+pub(super) fn create(store: &dyn Store, repository: &Path, tag: &OsStr, digest: &Digest) -> Result<()> {
     let history = layout::tag_history_link(repository, tag, digest);
     let link = layout::tag_link(repository, tag);
     let written =
@@ -358,7 +372,7 @@ fn create(store: &dyn Store, repository: &Path, tag: &OsStr, digest: &Digest) ->
 }
 
 /// Takes back the tag that was just written if its manifest was deleted meanwhile.
-fn confirm(store: &dyn Store, repository: &Path, tag: &OsStr, digest: &Digest) -> Result<()> {
+pub(super) fn confirm(store: &dyn Store, repository: &Path, tag: &OsStr, digest: &Digest) -> Result<()> {
     if store.stat(&layout::revision_link(repository, digest))?.is_some() {
         return Ok(());
     }

@@ -10,11 +10,13 @@ use std::path::{Path, PathBuf};
 use super::{Engine, locked};
 use crate::catalog::Catalog;
 use crate::catalog::update::rescan;
+use crate::digest::Digest;
 use crate::edit::tag;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::printable::Printable;
 use crate::trash::{Author, Transaction};
+use crate::view::links::{Named, images_named};
 use crate::view::node::Node;
 use crate::view::tree::{TAGS, parse_reference};
 
@@ -27,14 +29,23 @@ struct Place {
     tag: OsString,
     /// As people write it.
     path: String,
+    /// The directory in the mount that it stands in.
+    directory: PathBuf,
 }
 
 impl Engine {
-    /// Makes a tag: a symlink whose text ends in `sha256/<hex>`.
+    /// Makes a tag: a symlink whose text ends in `sha256/<hex>`, or names another tag or an image.
     pub fn symlink(&self, parent: Node, name: &OsStr, text: &Path, author: &Author) -> Result<()> {
         let place = self.place(parent, name)?;
-        let result = place.check().and_then(|()| tag::named_by(text)).and_then(|digest| {
-            self.edit_tags(&[&place.repository], author, |catalog| {
+        let named = images_named(text, &place.directory);
+        let repositories = named.iter().map(|image| &image.repository).chain([&place.repository]);
+        let result = place.check().and_then(|()| {
+            self.edit_tags(&repositories.collect::<Vec<_>>(), author, |catalog| {
+                let digest = match tag::named_by(text) {
+                    Err(e) if named.is_empty() => return Err(e),
+                    Err(_) => digest_of(catalog, &named)?,
+                    Ok(digest) => digest,
+                };
                 tag::add(&*self.store, catalog, &place.repository, &place.tag, &digest)?;
                 Ok(format!("leads to {digest}"))
             })
@@ -42,7 +53,8 @@ impl Engine {
         self.note_result(author, "tag", &place.path, result)
     }
 
-    /// Moves a tag to another name, which it takes from another tag unless `may_replace` is false.
+    /// Moves a tag to another name, which it takes from another tag unless `may_replace` is false; or a directory with all
+    /// repositories in it.
     pub fn rename(
         &self,
         from: (Node, &OsStr),
@@ -50,6 +62,9 @@ impl Engine {
         may_replace: bool,
         author: &Author,
     ) -> Result<()> {
+        if let Some(directory) = self.directory_at(from.0, from.1)? {
+            return self.move_directory(&directory, to, may_replace, author);
+        }
         let (from, to) = (self.place(from.0, from.1)?, self.place(to.0, to.1)?);
         let path = format!("{} → {}", from.path, to.path);
         let result = to.check().and_then(|()| {
@@ -106,11 +121,7 @@ impl Engine {
     }
 
     fn make_namespace(&self, path: &Path, author: &Author) -> Result<()> {
-        if !layout::is_name(path) || path.as_os_str().len() > LONGEST_NAME {
-            let why =
-                "lower-case letters and digits, between them single dots, one or two underscores, or hyphens";
-            return Err(Error::invalid(format!("{} is no name of a repository: {why}", path.printable())));
-        }
+        check_name(path)?;
         let _changing = locked(&self.changing);
         let _lock = self.lock_for_change(author)?;
         let place = layout::repository(path);
@@ -147,7 +158,11 @@ impl Engine {
             return Err(Error::NotFound { what: format!("images/{}", repository.printable()) });
         }
         let path = format!("images/{}/{TAGS}/{}", repository.printable(), tag.printable());
-        Ok(Place { repository, tag: tag.to_os_string(), path })
+        let directory = match parent {
+            Node::Tags(_) => Path::new("images").join(&repository).join(TAGS),
+            _ => Path::new("images").join(repository.parent().unwrap_or(Path::new(""))),
+        };
+        Ok(Place { repository, tag: tag.to_os_string(), path, directory })
     }
 
     /// Makes a change to the tags of some repositories as they are now, and publishes what it left.
@@ -168,6 +183,37 @@ impl Engine {
         self.publish(look(&catalog), self.transactions(), &[]);
         result
     }
+}
+
+/// Whether a registry would take the name of a repository.
+pub(super) fn check_name(path: &Path) -> Result<()> {
+    if layout::is_name(path) && path.as_os_str().len() <= LONGEST_NAME {
+        return Ok(());
+    }
+    let why = "lower-case letters and digits, between them single dots, one or two underscores, or hyphens";
+    Err(Error::invalid(format!("{} is no name of a repository: {why}", path.printable())))
+}
+
+/// The manifest that the first of some images leads to that there is.
+fn digest_of(catalog: &Catalog, named: &[Named]) -> Result<Digest> {
+    for Named { repository, tag, digest } in named {
+        let Some(repository) = catalog.repository(repository) else { continue };
+        let tagged = match tag {
+            Some(tag) => tag::find(catalog, &repository.name, tag).and_then(|tag| tag.target),
+            None => digest.and_then(|digest| catalog.tables.digests.find(&digest)),
+        };
+        let found = tagged.filter(|id| repository.revision(*id).is_some()).map(|id| catalog.digest(id));
+        if let Some(found) = found.filter(|found| digest.is_none_or(|digest| digest == *found)) {
+            return Ok(found);
+        }
+    }
+    let shown = |image: &Named| {
+        let tag = image.tag.iter().map(|tag| format!(":{}", tag.printable()));
+        let digest = image.digest.iter().map(|digest| format!("@{digest}"));
+        format!("{}{}", image.repository.printable(), tag.chain(digest).collect::<String>())
+    };
+    let all: Vec<String> = named.iter().map(shown).collect();
+    Err(Error::NotFound { what: format!("image {}", all.join(" nor ")) })
 }
 
 impl Place {

@@ -367,12 +367,13 @@ impl Filesystem for RegistryFilesystem {
         // `echo x > file` truncates before it writes; a command file has nothing to truncate.
         let is_command = Node::of_inode(inode.0).is_some_and(|node| self.engine.is_command(node));
         let only_truncates = size.is_some() && mode.is_none() && uid.is_none() && gid.is_none();
-        // `cp -a` gives its copy the owner, which it has, and the times, in the place of which a tag has its push's, and a
-        // command file, which `cp` and editors write to, the present.
-        let is_tag = matches!(Node::of_inode(inode.0), Some(Node::Tag(..) | Node::TagReference(..)));
+        // `cp -a` and `rsync -a` give their copy the owner and the mode, which it has, and the times, in the place of which
+        // tags and what they stand in have those of pushes, and a command file, which `cp` and editors write to, the present.
+        let is_copied = Node::of_inode(inode.0).is_some_and(is_copied);
         let changes_nothing = |attr: &FileAttr| {
             let has_owner = uid.is_none_or(|uid| uid == attr.uid) && gid.is_none_or(|gid| gid == attr.gid);
-            (is_tag || is_command) && has_owner && size.is_none() && mode.is_none()
+            let has_mode = mode.is_none_or(|mode| mode & 0o7777 == u32::from(attr.perm));
+            (is_copied || is_command) && has_owner && has_mode && size.is_none()
         };
         match guarded(|| self.stat(inode)) {
             Ok((attr, _))
@@ -724,6 +725,21 @@ impl Filesystem for RegistryFilesystem {
 fn from(listing: &Listing, offset: u64) -> impl Iterator<Item = (u64, &(OsString, Node))> {
     let start = usize::try_from(offset).unwrap_or(usize::MAX);
     listing.entries.iter().enumerate().skip(start).map(|(at, entry)| (at as u64 + 1, entry))
+}
+
+/// What `cp -a` of tags and repositories makes or meets.
+fn is_copied(node: Node) -> bool {
+    matches!(
+        node,
+        Node::Images
+            | Node::Namespace(_)
+            | Node::Tags(_)
+            | Node::Revisions(_)
+            | Node::RevisionsOf(..)
+            | Node::Uploads(_)
+            | Node::Tag(..)
+            | Node::TagReference(..)
+    )
 }
 
 fn is_blob(node: Node) -> bool {

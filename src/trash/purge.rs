@@ -53,10 +53,10 @@ impl Purged {
             text += &format!("failed: {failure}\n");
         }
         for kept in &self.kept {
-            text += &format!("kept {kept}\n");
+            text += &format!("kept {}\n", kept.printable());
         }
         for id in &self.transactions {
-            text += &format!("purged {id}\n");
+            text += &format!("purged {}\n", id.printable());
         }
         if self.transactions.is_empty() && self.is_complete() {
             return text + "nothing in the trash matches, so nothing was purged\n";
