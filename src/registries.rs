@@ -12,6 +12,7 @@ pub mod http;
 mod judge;
 mod processes;
 pub mod redis;
+mod stillness;
 mod whom;
 
 use std::os::unix::fs::MetadataExt;
@@ -27,6 +28,7 @@ use http::{Access, Client, Place, Seen};
 use judge::{Evidence, Verdict, judge};
 use processes::{Facts, Process};
 use redis::Redis;
+use stillness::Stillness;
 use whom::{Memory, Whom};
 
 /// What is known of the registries that serve a store.
@@ -68,9 +70,9 @@ impl Known {
     /// # Errors
     /// It was said that no registry runs, and one does.
     pub fn gate(&self, said: Said) -> Result<Gate> {
-        let seen = if said.is_sure() { self.evidence(Vec::new()) } else { self.look()? };
+        let seen = self.look(said)?;
         Ok(match judge(&seen, said)? {
-            Verdict::Stopped => self.stopped(&seen, said, Witness::default())?,
+            Verdict::Stopped => self.stopped(&seen, said)?,
             Verdict::Off => Gate::Off,
             Verdict::Stop(why) => Gate::Stop { why },
             Verdict::Ask(whom) => match self.ask(whom, &seen) {
@@ -81,7 +83,11 @@ impl Known {
     }
 
     /// No registry can write; what outlives them is told of all that goes.
-    fn stopped(&self, seen: &Evidence, said: Said, witness: Witness) -> Result<Gate> {
+    fn stopped(&self, seen: &Evidence, said: Said) -> Result<Gate> {
+        let witness = match said.is_sure() {
+            true => Witness::default(),
+            false => Witness(Some(Arc::new(Stillness::new(self.clone(), said, seen.relied_on.clone())))),
+        };
         let refused = |why: String| Error::invalid(format!("registry-stopped was said, but {why}"));
         let memories = match whom::memories(seen) {
             Err(why) if !said.is_emptied() => return Err(refused(why)),
@@ -110,25 +116,37 @@ impl Known {
             let now = now.ok().filter(|config| self.is_ours(config)).map(|config| config.metadata());
             keeper.hears(self.metadata.max(now.unwrap_or_default()), &path.printable());
         }
-        match self.running() {
-            Ok(running) => running.iter().for_each(|process| keeper.hears(process.metadata(), process)),
+        match self.look(Said::Nothing) {
+            Ok(seen) => seen.running.iter().for_each(|process| keeper.hears(process.metadata(), process)),
             Err(e) => log::warn!("{e}"),
         }
         keeper
     }
 
-    /// All that can be known without asking a registry.
-    fn look(&self) -> Result<Evidence> {
-        Ok(self.evidence(self.running()?))
-    }
-
-    fn evidence(&self, running: Vec<Process>) -> Evidence {
-        let facts = self.facts(&running);
-        Evidence { running, facts, named: self.named.clone(), redis: self.redis.clone() }
-    }
-
-    fn running(&self) -> Result<Vec<Process>> {
-        self.root.as_deref().map_or(Ok(Vec::new()), processes::serving)
+    /// All that can be known without asking a registry. Where it was said that none runs, other traces of one are looked
+    /// for as well; where that is sure, for none.
+    fn look(&self, said: Said) -> Result<Evidence> {
+        let mut seen =
+            Evidence { named: self.named.clone(), redis: self.redis.clone(), ..Evidence::default() };
+        if let Some(root) = self.root.as_ref().filter(|_| !said.is_sure()) {
+            let table = processes::look(root)?;
+            for stranger in &table.strangers {
+                log::debug!(
+                    "{stranger} can't write to this storage, so what it looks like says nothing of it"
+                );
+            }
+            if said != Said::Nothing {
+                let holders = table.holders(root)?;
+                seen.blindness = stillness::blindness(holders.hidden);
+                seen.holders = holders.found;
+                seen.relied_on = stillness::relied_on(table.count(), root);
+            } else {
+                seen.relied_on = "each registry is read-only".to_string();
+            }
+            seen.running = table.registries;
+        }
+        seen.facts = self.facts(&seen.running);
+        Ok(seen)
     }
 
     /// Whether a config.yml names this storage; it may have been changed since the mount.
@@ -208,7 +226,7 @@ impl Known {
     /// # Errors
     /// Why one that may remember can't be told.
     pub fn rememberers(&self) -> std::result::Result<Option<All>, String> {
-        let seen = self.look().map_err(|e| e.to_string())?;
+        let seen = self.look(Said::Nothing).map_err(|e| e.to_string())?;
         let is_named = !seen.named.is_empty() || seen.redis.is_some();
         let may_remember = is_named || seen.facts.iter().any(|facts| facts.remembers);
         may_remember.then(|| self.ask(whom::whom(&seen)?, &seen)).transpose()

@@ -11,6 +11,7 @@ use crate::gc::guard::gate::Said;
 use crate::registry_config::RedisConfig;
 
 /// All that is known.
+#[derive(Default)]
 pub(super) struct Evidence {
     /// Registries that run here and serve the storage, or may.
     pub(super) running: Vec<Process>,
@@ -20,6 +21,12 @@ pub(super) struct Evidence {
     pub(super) named: Vec<Place>,
     /// The redis that was named.
     pub(super) redis: Option<RedisConfig>,
+    /// Why to see no registry says nothing here, if so.
+    pub(super) blindness: Option<String>,
+    /// Who else has to do with the storage; looked for only where it was said that no registry runs.
+    pub(super) holders: Vec<String>,
+    /// What is relied on if none of this says otherwise, in words.
+    pub(super) relied_on: String,
 }
 
 /// How a sweep may go on.
@@ -57,9 +64,24 @@ pub(super) fn judge(seen: &Evidence, said: Said) -> Result<Verdict> {
 fn stopped(seen: &Evidence) -> Result<()> {
     if let Some(process) = seen.running.first() {
         return Err(Error::invalid(format!(
-            "registry-stopped was said, but {process} {}; stop it first, or say force, too, if it has nothing to do \
-             with this storage",
+            "registry-stopped was said, but {process} {}; stop it first, or add --force if it has nothing to do with \
+             this storage",
             process.relation()
+        )));
+    }
+    if let Some(why) = &seen.blindness {
+        return Err(Error::invalid(format!(
+            "registry-stopped was said, but nobody can tell from here whether a registry runs: {why}; run regfs where all \
+             processes of the machine are seen, as root, or add --force if you are sure"
+        )));
+    }
+    if let [first, ..] = seen.holders.as_slice() {
+        let more = match seen.holders.len() - 1 {
+            0 => String::new(),
+            more => format!(" (and {more} more)"),
+        };
+        return Err(Error::invalid(format!(
+            "registry-stopped was said, but {first}{more}; end it first, or add --force if it has nothing to do with a registry"
         )));
     }
     Ok(())
@@ -113,7 +135,22 @@ mod tests {
     use super::*;
 
     fn seen(facts: Vec<Facts>, urls: &[&str]) -> Evidence {
-        Evidence { running: Vec::new(), facts, named: places_of(urls, true), redis: None }
+        Evidence { facts, named: places_of(urls, true), ..Evidence::default() }
+    }
+
+    #[test]
+    fn stopped_is_believed_only_where_nothing_contradicts_it() {
+        let stopped = |seen: Evidence| judge(&seen, Said::Stopped).map_err(|e| e.to_string());
+        assert_eq!(stopped(Evidence::default()), Ok(Verdict::Stopped));
+        let holders = vec!["process 1 (a) has x open".to_string(), "process 2".to_string()];
+        let blindness = Some("this is a container".to_string());
+        for (seen, says) in [
+            (Evidence { holders, ..Evidence::default() }, "process 1 (a) has x open (and 1 more)"),
+            (Evidence { blindness, ..Evidence::default() }, "this is a container"),
+        ] {
+            let why = stopped(seen).expect_err(says);
+            assert!(why.contains(says), "{why}");
+        }
     }
 
     fn places_of(urls: &[&str], is_named: bool) -> Vec<Place> {

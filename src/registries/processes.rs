@@ -1,23 +1,37 @@
 //! Registry processes of this machine that serve a storage, containers included, as far as this user may look.
+//!
+//! # What a registry is
+//! A process that could write to the storage ([`writers`]; others are not even looked at), whose program is a registry
+//! ([`program`]), whatever it is called, and that was started with a configuration of this storage ([`served`]), or with
+//! one that can't be known. Words alone make none: launchers (`timeout`, `sh -c`, `sudo`, `tini`, `docker run`) have the same
+//! ones. Where another program was started with a configuration of this storage and listens ([`sockets`]), it may be a
+//! registry of another make, of which nothing more is known; unless a registry runs below it, then it launched that.
+//!
+//! A process is looked at through one descriptor of its directory in `/proc` ([`handle`]), and asked whose it is before and
+//! after: what a process says counts only if it was its writer's own all the while.
 
+mod handle;
+mod holders;
+mod program;
+mod served;
+mod sockets;
+mod writers;
+
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Seek};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::MetadataExt;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
-
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, openat2, statat};
-use rustix::time::{ClockId, clock_gettime};
 
 use super::http::Place;
 use crate::error::{Error, Result};
 use crate::keeper::Metadata;
-use crate::layout::REGISTRY_DIR;
 use crate::printable::Printable;
-use crate::registry_config::{self, RedisConfig, StoreArgument, Variables};
+use crate::registry_config::{RedisConfig, StoreArgument, Variables};
+use handle::Handle;
+use served::{Doubt, Own, Serves};
+use writers::{Credentials, Writers};
 
 /// What matters of a registry.
 pub(super) struct Facts {
@@ -85,7 +99,11 @@ pub(super) struct Process {
     pid: u32,
     command: String,
     /// What it was started with; why that can't be known, otherwise.
-    config: std::result::Result<StoreArgument, String>,
+    config: std::result::Result<Box<StoreArgument>, Doubt>,
+    /// Its program is a registry.
+    is_registry: bool,
+    /// It sees the root directory that we see.
+    has_our_root: bool,
 }
 
 impl fmt::Display for Process {
@@ -100,199 +118,256 @@ impl Process {
         self.pid
     }
 
+    fn new(
+        handle: &Handle,
+        words: &[OsString],
+        config: std::result::Result<Box<StoreArgument>, Doubt>,
+        is_registry: bool,
+    ) -> Process {
+        let command = words.join(OsStr::new(" ")).printable().to_string();
+        Process { pid: handle.pid, command, config, is_registry, has_our_root: handle.has_our_root() }
+    }
+
     /// What matters of it; where it can't be known, the worst.
     pub(super) fn facts(&self) -> Facts {
-        let facts = self.config.as_ref().map_or_else(|_| Facts::unknown(), |config| Facts::of(config, false));
+        let facts = match &self.config {
+            Ok(config) => Facts::of(config, false),
+            Err(doubt) => match &doubt.now {
+                // Where to ask is verified by asking; the rest may have been otherwise when it began.
+                Some(now) => {
+                    let Facts { place, outlives, .. } = Facts::of(now, false);
+                    Facts { place, outlives, ..Facts::unknown() }
+                }
+                None => Facts::unknown(),
+            },
+        };
         // Another root has another socket of that name.
-        let is_ours = |place: &Place| !place.url.starts_with("unix:") || has_our_root(self.pid);
+        let is_ours = |place: &Place| !place.url.starts_with("unix:") || self.has_our_root;
         Facts { place: facts.place.filter(is_ours), ..facts }
     }
 
     /// Where it keeps tags and manifests, as far as that is known.
     pub(super) fn metadata(&self) -> Metadata {
-        self.config.as_ref().map_or(Metadata::Storage, StoreArgument::metadata)
+        let config = self.config.as_ref().ok().or_else(|| self.config.as_ref().err()?.now.as_ref());
+        config.map_or(Metadata::Storage, |config| config.metadata())
     }
 
     /// What it has to do with the storage.
     pub(super) fn relation(&self) -> String {
         match &self.config {
             Ok(_) => "serves this storage".to_string(),
-            Err(why) => format!("may serve this storage: {why}"),
+            Err(doubt) if doubt.now.is_some() => format!("serves this storage ({})", doubt.why),
+            Err(doubt) => format!("may serve this storage: {}", doubt.why),
         }
     }
 
-    /// Why nobody knows what it serves, in words, if so.
+    /// Why nobody knows what it serves, nor whom to ask, in words, if so.
     pub(super) fn doubt(&self) -> Option<String> {
-        self.config.is_err().then(|| format!("{self} {}", self.relation()))
+        let is_clear = self.config.is_ok() || self.facts().place.is_some();
+        (!is_clear).then(|| format!("{self} {}", self.relation()))
     }
 }
 
-/// The registries that serve the storage below `root`, or may.
+/// What a look at all processes found.
+#[derive(Default)]
+pub(super) struct Table {
+    /// The registries that serve the storage, or may.
+    pub(super) registries: Vec<Process>,
+    /// The processes that could write to the storage, and were looked at.
+    writers: Vec<Handle>,
+    /// So many processes can't be looked into from here, the first one apart.
+    hidden: usize,
+    /// Those that can't write to the storage, and so were not asked.
+    pub(super) strangers: Vec<Stranger>,
+    /// Which process made which.
+    parents: HashMap<u32, u32>,
+}
+
+/// A process that can't write to the storage.
+pub(super) struct Stranger {
+    pid: u32,
+    user: u32,
+    name: String,
+}
+
+impl fmt::Display for Stranger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Stranger { pid, user, name } = self;
+        write!(f, "process {pid} ({}) of user {user}", Path::new(name).printable())
+    }
+}
+
+/// Looks at all processes for what serves the storage below `root`.
 ///
 /// # Errors
 /// There is no telling: the storage or the table of processes can't be looked at.
-pub(super) fn serving(root: &Path) -> Result<Vec<Process>> {
-    let look = |path: &Path| identity(&fs::metadata(path)?);
-    let own = Own {
-        root: look(root).map_err(|e| Error::io("look at", root, e))?,
-        registry: look(&root.join(REGISTRY_DIR)).ok(),
+pub(super) fn look(root: &Path) -> Result<Table> {
+    let looker = Looker {
+        own: Own::of(root)?,
+        writers: Writers::of(root)?,
+        users: Handle::open(std::process::id()).and_then(|handle| handle.link("ns/user")).ok(),
     };
     let processes = Path::new("/proc");
-    let entries = fs::read_dir(processes).map_err(|e| Error::io("look for registries in", processes, e))?;
-    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    Ok(pids.filter_map(|pid| process(pid, &own)).collect())
-}
-
-/// What tells the storage from others: device and inode of the storage root and of the registry directory, for either may
-/// be a mount of its own for a registry.
-struct Own {
-    root: (u64, u64),
-    registry: Option<(u64, u64)>,
-}
-
-/// Whether a process has the same root directory as we do.
-fn has_our_root(pid: u32) -> bool {
-    let root = |path: &str| fs::metadata(path).and_then(|metadata| identity(&metadata)).ok();
-    root("/").is_some() && root("/") == root(&format!("/proc/{pid}/root"))
-}
-
-fn identity(metadata: &fs::Metadata) -> io::Result<(u64, u64)> {
-    Ok((metadata.dev(), metadata.ino()))
-}
-
-/// The registry with that number if it serves the storage, or may. One that ends meanwhile does not.
-fn process(pid: u32, own: &Own) -> Option<Process> {
-    let place = PathBuf::from(format!("/proc/{pid}"));
-    let words = split(&fs::read(place.join("cmdline")).ok()?);
-    let serve = words.iter().position(|word| word == "serve")?;
-    // `registry serve /etc/…`, `docker-registry serve …`, `registry_DO_NOT_USE_GC serve …`, or run by a loader or an emulator.
-    let is_registry =
-        |name: &Path| name.file_name().is_some_and(|n| n.to_string_lossy().contains("registry"));
-    let program = fs::read_link(place.join("exe")).ok();
-    if !words[..serve].iter().map(Path::new).chain(program.as_deref()).any(is_registry) {
-        return None;
-    }
-    let command = words.join(OsStr::new(" ")).printable().to_string();
-    match serves(&place, words.get(serve + 1), own) {
-        Ok(Serves::Other) => None,
-        Ok(Serves::This(config)) => Some(Process { pid, command, config: Ok(*config) }),
-        Ok(Serves::MayBe(why)) => Some(Process { pid, command, config: Err(why) }),
-        Err(e) => {
-            let why = format!("what it was started with can't be read from here ({e})");
-            place.exists().then_some(Process { pid, command, config: Err(why) })
+    let failed = |e| Error::io("look for registries in", processes, e);
+    let mut table = Table::default();
+    for entry in std::fs::read_dir(processes).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+        match looker.look(pid, &mut table) {
+            Err(e) if is_refused(&e) => table.hidden += usize::from(pid != FIRST),
+            // It has ended.
+            Err(_) | Ok(()) => {}
         }
     }
+    table.drop_launchers();
+    Ok(table)
 }
 
-/// What a registry serves.
-enum Serves {
-    /// The storage, with that configuration.
-    This(Box<StoreArgument>),
-    /// Another one.
-    Other,
-    /// Nobody can tell, and why.
-    MayBe(String),
+/// The first process of a machine starts others and serves nothing; its kernel may forbid to look into it.
+const FIRST: u32 = 1;
+
+fn is_refused(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
 }
 
-/// What the registry below `place` serves, with the configuration that its command line names; an error counts as one
-/// that may serve the storage.
-fn serves(place: &Path, named: Option<&OsString>, own: &Own) -> io::Result<Serves> {
-    let environment: Variables =
-        split(&fs::read(place.join("environ"))?).into_iter().filter_map(|pair| variable(&pair)).collect();
-    let variable = |name: &str| environment.get(OsStr::new(name)).cloned();
-    let Some(path) = named.cloned().or_else(|| variable("REGISTRY_CONFIGURATION_PATH")) else {
-        return Ok(Serves::MayBe("it names no config.yml".to_string()));
-    };
-    let (directory, inside) = base(place, Path::new(&path))?;
-    let mut file = open_in(&directory, &inside)?;
-    if !is_as_at_start(place, &directory, &inside, &file)? {
-        let file = Path::new(&path).printable();
-        return Ok(Serves::MayBe(format!(
-            "{file} was changed after it began, so what it does is unknown; start it again"
-        )));
+/// What processes are compared with.
+struct Looker {
+    own: Own,
+    writers: Writers,
+    /// Our user namespace.
+    users: Option<PathBuf>,
+}
+
+impl Looker {
+    /// Puts what is found of a process into `table`. An error that is no refusal says that it has ended.
+    fn look(&self, pid: u32, table: &mut Table) -> io::Result<()> {
+        let handle = Handle::open(pid)?;
+        let who = handle.credentials()?;
+        table.parents.insert(pid, who.parent);
+        if !self.is_writer(&who, &handle) {
+            table.strangers.push(Stranger { pid, user: who.user(), name: who.name });
+            return Ok(());
+        }
+        let words = handle.words()?;
+        if words.is_empty() {
+            // A thread of the kernel, or one that is ending.
+            return Ok(());
+        }
+        let found = self.examine(&handle, &words);
+        // Meanwhile it may have become somebody else's, who chose what it looks like.
+        if !self.is_writer(&handle.credentials()?, &handle) {
+            return Ok(());
+        }
+        table.registries.extend(found?);
+        table.writers.push(handle);
+        Ok(())
     }
-    let Ok(config) = registry_config::resolve_file(file.try_clone()?, Path::new(&path), &environment) else {
-        file.rewind()?;
-        let text = registry_config::read_plain(file, registry_config::CONFIG_LIMIT)?;
-        let text = String::from_utf8_lossy(text.as_deref().unwrap_or(b"filesystem")).into_owned();
-        // A driver that is named and is no filesystem stores elsewhere.
-        let is_on_disk = text.contains("filesystem") || environment.keys().any(|name| is_of_storage(name));
-        let why = || format!("{} can't be understood", Path::new(&path).printable());
-        return Ok(if is_on_disk { Serves::MayBe(why()) } else { Serves::Other });
-    };
-    let (directory, inside) = base(place, &config.storage_root)?;
-    let root = match open_in(&directory, &inside) {
-        // It has not stored anything yet.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Serves::Other),
-        root => root?,
-    };
-    let registry = match open_in(&directory, &inside.join(REGISTRY_DIR)) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-        registry => Some(identity(&registry?.metadata()?)?),
-    };
-    let is_this = identity(&root.metadata()?)? == own.root || registry.is_some() && registry == own.registry;
-    Ok(if is_this { Serves::This(Box::new(config)) } else { Serves::Other })
+
+    fn is_writer(&self, who: &Credentials, handle: &Handle) -> bool {
+        self.writers.hold(who, || self.users.is_some() && handle.link("ns/user").ok() == self.users)
+    }
+
+    /// The registry that a process is, if it is one that serves the storage, or may.
+    fn examine(&self, handle: &Handle, words: &[OsString]) -> io::Result<Option<Process>> {
+        let variables = match handle.variables() {
+            Err(e) if is_refused(&e) && has_words_of_registry(words) => {
+                let why = format!("what it was started with can't be read from here ({e})");
+                return Ok(Some(Process::new(handle, words, Err(Doubt::of(why)), true)));
+            }
+            variables => variables?,
+        };
+        if !is_worth_a_look(words, &variables) {
+            return Ok(None);
+        }
+        match program::is_registry(handle)? {
+            true => Ok(self.registry(handle, words, &variables)),
+            false => self.other(handle, words, &variables),
+        }
+    }
+
+    /// A process whose program is a registry.
+    fn registry(&self, handle: &Handle, words: &[OsString], variables: &Variables) -> Option<Process> {
+        // The collector and the like serve nothing.
+        let serves = words.iter().any(|word| word == "serve")
+            || variables.keys().any(|name| name == served::CONFIGURATION || served::is_of_storage(name));
+        if !serves && words.iter().any(|word| word == "garbage-collect") {
+            return None;
+        }
+        let config = match served::named(words, variables) {
+            None => Err(Doubt::of("it names no config.yml")),
+            Some(path) => match served::serves(handle, &path, variables, &self.own) {
+                Ok(Serves::Other) => return None,
+                Ok(Serves::This(config)) => Ok(config),
+                Ok(Serves::MayBe(doubt)) => Err(doubt),
+                // It has ended.
+                Err(_) if handle.credentials().is_err() => return None,
+                Err(e) => Err(Doubt::of(format!("what it was started with can't be read from here ({e})"))),
+            },
+        };
+        let is_certain = config.as_ref().map_or_else(|doubt| doubt.now.is_some(), |_| true);
+        (serves || is_certain).then(|| Process::new(handle, words, config, true))
+    }
+
+    /// A process of which nothing is known but that it was started with a configuration of this storage, and listens.
+    fn other(
+        &self,
+        handle: &Handle,
+        words: &[OsString],
+        variables: &Variables,
+    ) -> io::Result<Option<Process>> {
+        let Some(path) = served::named(words, variables) else { return Ok(None) };
+        if !sockets::listens(handle)? {
+            return Ok(None);
+        }
+        let now = match served::serves(handle, &path, variables, &self.own) {
+            Ok(Serves::This(config)) => config,
+            Ok(Serves::MayBe(Doubt { now: Some(config), .. })) => config,
+            _ => return Ok(None),
+        };
+        let why = "it listens and was started with its config.yml, but its program is none of the registries that regfs knows";
+        let doubt = Doubt { why: why.to_string(), now: Some(now) };
+        Ok(Some(Process::new(handle, words, Err(doubt), false)))
+    }
 }
 
-fn is_of_storage(name: &OsStr) -> bool {
-    name.as_bytes().starts_with(b"REGISTRY_STORAGE")
+/// Whether the words call for a look at the program: nearly all processes are told apart by this alone.
+fn is_worth_a_look(words: &[OsString], variables: &Variables) -> bool {
+    let is_of_registry = |name: &OsString| name.as_bytes().starts_with(b"REGISTRY_");
+    words.iter().skip(1).any(|word| word == "serve" || served::is_yaml(word))
+        || is_called_registry(words)
+        || variables.keys().any(is_of_registry)
 }
 
-/// `name=value`
-fn variable(pair: &OsStr) -> Option<(OsString, OsString)> {
-    let at = pair.as_bytes().iter().position(|byte| *byte == b'=')?;
-    let (name, value) = pair.as_bytes().split_at(at);
-    Some((OsStr::from_bytes(name).to_os_string(), OsStr::from_bytes(value.get(1..)?).to_os_string()))
+/// `registry serve …`, `anything serve config.yml`: what little is known where the rest can't be read.
+fn has_words_of_registry(words: &[OsString]) -> bool {
+    let serve = words.iter().position(|word| word == "serve");
+    let names_config = |at: usize| words.get(at + 1).is_some_and(|word| served::is_yaml(word));
+    serve.is_some_and(|at| is_called_registry(words) || names_config(at))
 }
 
-/// The directory that `path` is relative to for a process, and the rest of it.
-fn base(place: &Path, path: &Path) -> io::Result<(File, PathBuf)> {
-    let (base, inside) = match path.strip_prefix("/") {
-        Ok(inside) => ("root", inside),
-        Err(_) => ("cwd", path),
-    };
-    let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
-    Ok((File::open(place.join(base))?, inside.to_path_buf()))
+/// `registry`, `/usr/bin/docker-registry`, `registry_DO_NOT_USE_GC`
+fn is_called_registry(words: &[OsString]) -> bool {
+    let serve = words.iter().position(|word| word == "serve").unwrap_or(1);
+    words.iter().take(serve).any(|word| {
+        Path::new(word).file_name().is_some_and(|name| name.to_string_lossy().contains("registry"))
+    })
 }
 
-/// Opens what a process would open: a symlink in it leads to where it leads for the process, never out of its root.
-fn open_in(directory: &File, path: &Path) -> io::Result<File> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    Ok(openat2(directory, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?.into())
-}
+impl Table {
+    /// How many processes were looked at.
+    pub(super) fn count(&self) -> usize {
+        self.writers.len()
+    }
 
-/// Whether a configuration is what it was when the process began: neither the file nor the name was changed since. Its
-/// content may be older than that in another place, which the time of the last change of the inode tells.
-fn is_as_at_start(place: &Path, directory: &File, path: &Path, file: &File) -> io::Result<bool> {
-    let name = statat(directory, path, AtFlags::SYMLINK_NOFOLLOW)?;
-    let metadata = file.metadata()?;
-    let name_changed = (name.st_ctime, i64::try_from(name.st_ctime_nsec).unwrap_or(i64::MAX));
-    let changes =
-        [(metadata.mtime(), metadata.mtime_nsec()), (metadata.ctime(), metadata.ctime_nsec()), name_changed];
-    let Some(started) = started(place) else { return Ok(false) };
-    let started = started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let is_before = |(seconds, nanos): (i64, i64)| match (u64::try_from(seconds), u32::try_from(nanos)) {
-        (Ok(seconds), Ok(nanos)) => Duration::new(seconds, nanos) <= started,
-        _ => false,
-    };
-    Ok(changes.into_iter().all(is_before))
-}
-
-fn split(text: &[u8]) -> Vec<OsString> {
-    let words = text.split(|byte| *byte == 0).filter(|word| !word.is_empty());
-    words.map(|word| OsString::from_vec(word.to_vec())).collect()
-}
-
-/// The kernel counts in ticks of 10 ms.
-const TICKS: Duration = Duration::from_millis(50);
-
-/// When a process started, by the wall clock of today, or a moment later.
-fn started(place: &Path) -> Option<SystemTime> {
-    let stat = fs::read_to_string(place.join("stat")).ok()?;
-    // The name of the program may hold anything; it ends with the last parenthesis.
-    let ticks: u64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
-    let since_boot = Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second().max(1));
-    let up = clock_gettime(ClockId::Boottime);
-    let up = Duration::new(up.tv_sec.unsigned_abs(), u32::try_from(up.tv_nsec).ok()?);
-    SystemTime::now().checked_sub(up.saturating_sub(since_boot))?.checked_add(TICKS)
+    /// Leaves out what a registry runs below: it launched that, and has the same words.
+    fn drop_launchers(&mut self) {
+        let mut launchers = HashSet::new();
+        for registry in self.registries.iter().filter(|process| process.is_registry) {
+            let mut pid = registry.pid;
+            while let Some(parent) = self.parents.get(&pid).copied().filter(|_| launchers.insert(pid)) {
+                pid = parent;
+            }
+        }
+        self.registries.retain(|process| process.is_registry || !launchers.contains(&process.pid));
+    }
 }

@@ -124,7 +124,7 @@ mod tests {
 
     fn seen(facts: Vec<Facts>, urls: &[&str], named: Option<&str>) -> Evidence {
         let places = urls.iter().map(|url| Place::new(url, true)).collect();
-        Evidence { running: Vec::new(), facts, named: places, redis: named.map(redis) }
+        Evidence { facts, named: places, redis: named.map(redis), ..Evidence::default() }
     }
 
     fn facts(url: &str, outlives: Option<Outlives>) -> Facts {

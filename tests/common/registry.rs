@@ -451,6 +451,13 @@ pub(crate) fn stock_garbage(config: &Path) -> BTreeSet<String> {
     blobs
 }
 
+/// The program of the registry.
+pub(crate) fn program() -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places = std::env::split_paths(&path).map(|dir| dir.join("docker-registry"));
+    places.find(|place| place.is_file()).expect("it is installed")
+}
+
 /// `skopeo copy` of everything, byte for byte.
 fn skopeo_copy() -> Command {
     let mut command = clean("skopeo");
