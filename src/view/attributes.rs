@@ -59,13 +59,18 @@ impl View<'_> {
             }
             _ if node_type == Type::Symlink => Some(self.symlink(node, plain)),
             _ if node_type == Type::Directory => self.directory(node, plain)?,
+            // Only the one who mounts gives commands; where others are let in, they may see what goes on.
             Node::ControlGc
             | Node::ControlTrash
             | Node::ControlRefresh
             | Node::ControlStop
             | Node::ControlStatus
             | Node::ControlLog => {
-                let mode = if self.settings.read_only { 0o400 } else { 0o600 };
+                let mode = match node {
+                    Node::ControlStatus | Node::ControlLog => 0o444,
+                    _ if self.settings.read_only => 0o400,
+                    _ => 0o600,
+                };
                 Some(Attributes { mode, size: size_of(node), modified: SystemTime::now(), ..plain })
             }
             // As in /proc: it takes a pass over all manifests to write it, too much for every `stat` of a `find`.
@@ -164,7 +169,6 @@ impl View<'_> {
                 | Node::Uploads(_)
         );
         let mode = match node {
-            Node::Control => 0o700,
             _ if removable && !self.settings.read_only => 0o755,
             _ => 0o555,
         };
