@@ -135,6 +135,8 @@ struct Reports {
     sweep: Option<Sweep>,
     /// When the next one begins by itself.
     next_sweep: Option<SystemTime>,
+    /// Why the kernel does not tell what changes.
+    unwatched: Option<String>,
 }
 
 /// The collection that runs.
@@ -207,6 +209,7 @@ impl Engine {
                 gate: None,
                 sweep: None,
                 next_sweep: None,
+                unwatched: None,
             }),
             run: Run::default(),
             is_heal_due: AtomicBool::new(true),

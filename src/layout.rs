@@ -40,6 +40,8 @@ pub const LOCK: &str = ".regfs/lock";
 pub const CACHE: &str = ".regfs/cache";
 /// A file in [`OWN`] that is being written, before it moves to its place.
 pub const NEW_FILE: &str = ".regfs/new.tmp";
+/// A directory in [`OWN`] that comes and goes, to find out whether the kernel tells.
+pub const PROBE: &str = ".regfs/probe";
 /// Transactions.
 pub const TRASH: &str = ".regfs/trash";
 /// Since when which blobs are dead.

@@ -2,7 +2,8 @@
 //!
 //! fanotify reports the names that come and go on the whole filesystem, so nothing has to be set up for each of a
 //! hundred thousand directories. It needs root (CAP_SYS_ADMIN) and a local filesystem. Without, each directory is
-//! watched by itself (`tree`); where there are too many there is no watch, and whoever wants to know looks for himself.
+//! watched by itself (`tree`); where there are too many there is no watch, and whoever wants to know looks for himself. Nor is
+//! there one where changes may come from elsewhere (`local`), or where a change of our own is not told ([`Watch::prove`]).
 //!
 //! # Rules kept here
 //! 1. An event says only where to look: what is there now, a look at the storage tells.
@@ -10,6 +11,7 @@
 //! 3. Of a filesystem nothing is remembered about places: a directory is asked for its path when its event is read.
 
 pub mod held;
+mod local;
 pub mod opens;
 mod tree;
 
@@ -20,10 +22,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::digest::Digest;
+use crate::error::Error;
 use crate::layout::{self, Kind};
+use crate::store::Store;
 use crate::sys;
 use tree::Tree;
 
@@ -42,12 +47,14 @@ pub struct Changes {
     pub blobs: BTreeSet<Digest>,
     /// Something in the trash.
     pub trash: bool,
+    /// The probe of somebody who finds out whether changes are told.
+    probe: bool,
 }
 
 impl Changes {
     /// Whether there is nothing to look at.
     pub fn is_empty(&self) -> bool {
-        *self == Changes::default()
+        Changes { probe: false, ..self.clone() } == Changes::default()
     }
 
     /// Notes that `path`, below the registry directory, came, changed or went; as a whole, if it was moved.
@@ -61,6 +68,7 @@ impl Changes {
             self.note_blob(below, is_moved);
         } else {
             self.trash |= path.starts_with(layout::TRASH);
+            self.probe |= path == Path::new(layout::PROBE);
         }
     }
 
@@ -101,6 +109,7 @@ enum Source {
 impl Watch {
     /// Watches the filesystem that the registry directory `root` lies on. For root only.
     pub fn of_filesystem(root: &Path) -> io::Result<Watch> {
+        local::expect_local(root)?;
         Ok(Watch(Source::Filesystem(Filesystem::new(root)?)))
     }
 
@@ -109,7 +118,39 @@ impl Watch {
     /// # Cost
     /// About 20 µs for each directory whose inode is in memory, and a watch of the kernel's.
     pub fn of_directories(root: &Path) -> io::Result<Watch> {
+        local::expect_local(root)?;
         Ok(Watch(Source::Tree(Tree::new(root)?)))
+    }
+
+    /// Makes a change in the storage's own directory, and fails unless the kernel tells of it. What else it tells meanwhile
+    /// is lost, so everything has to be looked at afterwards.
+    pub fn prove(mut self, store: &dyn Store) -> crate::error::Result<Watch> {
+        let own = Path::new(layout::OWN);
+        let was_there = store.list(own)?.is_some();
+        let is_told = self.is_told_of_a_probe(store);
+        if !was_there {
+            // Where it is not empty, somebody else needs it by now.
+            store.remove_directory(own)?;
+        }
+        match is_told? {
+            true => Ok(self),
+            false => Err(Error::invalid("a change that was made to try it was not told")),
+        }
+    }
+
+    fn is_told_of_a_probe(&mut self, store: &dyn Store) -> crate::error::Result<bool> {
+        let probe = Path::new(layout::PROBE);
+        for _ in 0..PROBES {
+            store.make_directory(probe)?;
+            store.remove_directory(probe)?;
+            let mut ready = [PollFd::from_borrowed_fd(self.events(), PollFlags::IN)];
+            let waited = poll(&mut ready, Some(&PROBE_WAITS));
+            let told = waited.map_err(io::Error::from).and_then(|_| self.changes());
+            if told.map_err(|e| Error::io("watch", &store.full(probe), e))?.probe {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Becomes readable when something has changed, on the filesystem at least.
@@ -136,6 +177,11 @@ struct Filesystem {
     root: OwnedFd,
     buffer: Vec<u8>,
 }
+
+/// So often it is tried whether a change is told, and how long each time: a directory that has just come may not be
+/// watched the first time.
+const PROBES: usize = 10;
+const PROBE_WAITS: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// Bytes for events that are read at once.
 const BUFFER: usize = 64 << 10;

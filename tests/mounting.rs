@@ -3,6 +3,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "mounting/freshness.rs"]
+mod freshness;
+#[path = "mounting/guard.rs"]
+mod guard;
+#[path = "mounting/umount.rs"]
+mod umount;
 
 use std::fs::{self, File};
 use std::io::Read;

@@ -217,7 +217,8 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     // For what does not go through the logger; the name is relative to a directory that we leave.
     let log_file = args.open_log()?;
     let root = store.full(Path::new(""));
-    let watch = Watch::of_filesystem(&root);
+    // Before the first look, which sees what has changed until then.
+    let watch = watch(Watch::of_filesystem, &root, &store, read_only);
     let engine = Arc::new(Engine::new(Arc::new(store), settings)?.with_registries(registries));
     match watch {
         Ok(watch) => engine.watch(watch)?,
@@ -261,11 +262,23 @@ fn in_background(name: &str, run: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// A watch of the registry directory `root` that has shown that it tells; a mount that changes nothing goes by what kind
+/// of filesystem it is.
+fn watch(
+    of: fn(&Path) -> std::io::Result<Watch>,
+    root: &Path,
+    store: &dyn Store,
+    read_only: bool,
+) -> Result<Watch> {
+    let watch = of(root).map_err(|e| Error::io("watch", root, e))?;
+    if read_only { Ok(watch) } else { watch.prove(store) }
+}
+
 /// Lets the kernel tell what changes, directory by directory; until then, and where it can't, the storage is looked at.
 fn watch_directories(engine: &Arc<Engine>, root: &Path) {
-    let watched = Watch::of_directories(root).map_err(|e| Error::io("watch", root, e));
-    if let Err(e) = watched.and_then(|watch| engine.watch_from_now(watch)) {
-        log::info!("the kernel does not tell what changes ({e}); looking at the storage instead");
+    let watch = watch(Watch::of_directories, root, engine.store(), engine.settings().read_only);
+    if let Err(e) = watch.and_then(|watch| engine.watch_from_now(watch)) {
+        engine.does_not_watch(&e.to_string());
     }
 }
 

@@ -4,7 +4,7 @@
 //! from memory. Without, whoever looks at the tree gets a snapshot that is at most a second old, or twenty times as
 //! old as a look at the storage takes, so that looking never costs more than a twentieth of the time.
 //!
-//! What a watch can't see (another machine that writes to the same storage) a whole look finds, now and then.
+//! What a watch can't see a whole look finds: now and then, and when somebody asks for one.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
@@ -66,6 +66,7 @@ impl Engine {
     fn begin_watch(&self, watch: Watch) -> Result<OwnedFd> {
         let events = watch.events().try_clone_to_owned().map_err(|e| self.watch_error(e))?;
         *locked(&self.watch) = Some(watch);
+        locked(&self.reports).unwatched = None;
         Ok(events)
     }
 
@@ -78,6 +79,24 @@ impl Engine {
 
     fn watch_error(&self, e: std::io::Error) -> Error {
         Error::io("watch", &self.store.full(std::path::Path::new("")), e)
+    }
+
+    /// The kernel does not tell what changes, and why.
+    pub fn does_not_watch(&self, why: &str) {
+        log::info!("the kernel does not tell what changes ({why}); looking at the storage instead");
+        locked(&self.reports).unwatched = Some(why.to_string());
+    }
+
+    /// From now on the kernel does not tell what changes: whoever looks makes us look.
+    fn lose_watch(&self, why: &str) {
+        self.failed(&format!(
+            "the kernel no longer tells what changes ({why}); looking at the storage instead"
+        ));
+        *locked(&self.watch) = None;
+        locked(&self.reports).unwatched = Some(why.to_string());
+        if let Some(listener) = self.listener() {
+            listener.forget(Stale { everything: true, ..Stale::default() });
+        }
     }
 
     /// Whether changes are told by the kernel.
@@ -126,9 +145,15 @@ impl Engine {
         }
     }
 
-    /// Brings the snapshot up to date now, and waits until nobody remembers otherwise.
+    /// Looks at the storage now, whatever the kernel has told, and waits until nobody remembers otherwise.
     pub fn refresh_now(&self) {
-        self.refresh(&mut locked(&self.changing));
+        let mut changing = locked(&self.changing);
+        if self.is_watching() {
+            // Which blobs came or went only the kernel tells.
+            self.refresh(&mut changing);
+        }
+        self.refresh_whole(&mut changing);
+        drop(changing);
         if let Some(listener) = self.listener() {
             listener.settle();
         }
@@ -140,11 +165,7 @@ impl Engine {
         match changes {
             Some(Ok(changes)) => self.take_in(&changes, changing),
             Some(Err(e)) => {
-                self.failed(&format!("the kernel no longer tells what changes ({e}); looking instead"));
-                *locked(&self.watch) = None;
-                if let Some(listener) = self.listener() {
-                    listener.forget(Stale { everything: true, ..Stale::default() });
-                }
+                self.lose_watch(&e.to_string());
                 self.refresh_whole(changing);
             }
             None => self.refresh_whole(changing),
@@ -179,8 +200,9 @@ impl Engine {
     pub(super) fn refresh_whole(&self, _changing: &mut MutexGuard<'_, Option<Open>>) {
         let began = Instant::now();
         // What is told of until now, this look sees.
-        if let Some(Err(e)) = locked(&self.watch).as_mut().map(Watch::changes) {
-            self.failed(&e.to_string());
+        let told = locked(&self.watch).as_mut().map(Watch::changes);
+        if let Some(Err(e)) = told {
+            self.lose_watch(&e.to_string());
         }
         let before = self.current();
         let catalog = scan(&*self.store, &self.tables, Some(&before.catalog));
@@ -218,11 +240,7 @@ fn watching(engine: &Weak<Engine>, events: &OwnedFd) {
                 // On a large store taking in takes longer: not for each of many pushes.
                 settles = (began.elapsed() * SHARE).clamp(SETTLES, SETTLES_AT_MOST);
             }
-            Err(e) => {
-                engine.failed(&format!("could not wait for changes: {e}"));
-                *locked(&engine.watch) = None;
-                return;
-            }
+            Err(e) => return engine.lose_watch(&e.to_string()),
         }
     }
 }

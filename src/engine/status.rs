@@ -51,6 +51,8 @@ struct Status {
     guard: Option<Guarded>,
     /// `events`: the kernel tells of changes; `looks`: the storage is looked at when somebody looks here.
     freshness: &'static str,
+    /// Why the kernel does not tell; `null` where it does, or is just being asked to.
+    freshness_reason: Option<String>,
     /// When the storage was last found changed, RFC 3339.
     looked_at: String,
     /// How long the last look took.
@@ -64,9 +66,9 @@ impl Engine {
         let is_running = self.run.is_running.load(Ordering::Relaxed);
         let cost = locked(&self.looked).cost;
         let run = is_running.then(|| self.run.watched.look());
-        let (gate, sweep, next_sweep) = {
+        let (gate, sweep, next_sweep, unwatched) = {
             let reports = locked(&self.reports);
-            (reports.gate.clone(), reports.sweep.clone(), reports.next_sweep)
+            (reports.gate.clone(), reports.sweep.clone(), reports.next_sweep, reports.unwatched.clone())
         };
         let kept = self.keeper().now();
         let status = Status {
@@ -96,6 +98,7 @@ impl Engine {
             next_sweep: next_sweep.map(timestamp),
             guard: locked(&self.guarded).clone(),
             freshness: if self.is_watching() { "events" } else { "looks" },
+            freshness_reason: unwatched,
             looked_at: timestamp(snapshot.catalog.scanned_at),
             look_seconds: cost.as_secs_f64(),
         };

@@ -17,6 +17,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use fuser::{Config, MountOption, Session, SessionACL};
+use rustix::fs::{Access, access};
+use rustix::io::Errno;
 use sd_notify::NotifyState;
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::iterator::Signals;
@@ -218,6 +220,11 @@ fn mount_through_helper(
         return Err(Error::invalid(format!(
             "{FUSE_CONF} lets only root allow others to look: have it say user_allow_other, or leave out allow_other"
         )));
+    }
+    if access("/dev/fuse", Access::READ_OK | Access::WRITE_OK) == Err(Errno::ACCESS) {
+        return Err(Error::invalid(
+            "this user may not open /dev/fuse, which most systems let everybody do: mount as root, or let root run: chmod 666 /dev/fuse",
+        ));
     }
     let mut config = config(options);
     config.mount_options = vec![

@@ -25,6 +25,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 
 use super::opens::{Open, Opens};
+use crate::error::{Error, Result};
 use crate::layout;
 use crate::sys::DeathTimer;
 
@@ -175,10 +176,18 @@ impl<T> Held<T> {
     }
 }
 
-/// Holds opens of manifests until the daemon at the other end of the socket has answered; returns when it is gone. What is
-/// held then goes on.
-pub fn hold(opens: &Opens, daemon: BorrowedFd<'_>) -> io::Result<()> {
-    let timer = DeathTimer::new()?;
+/// Holds opens of manifests through the mount on `directory` until the daemon at the other end of stdin has answered; returns
+/// when that is gone. What is held then goes on.
+pub fn hold(directory: &Path) -> Result<()> {
+    let failed = |e: io::Error| Error::io("guard", directory, e);
+    // Before anybody is held.
+    let timer = DeathTimer::new().map_err(failed)?;
+    timer.set(KILLED).map_err(failed)?;
+    let opens = Opens::through_mount(directory)?;
+    holding(&opens, &timer, rustix::stdio::stdin().as_fd()).map_err(failed)
+}
+
+fn holding(opens: &Opens, timer: &DeathTimer, daemon: BorrowedFd<'_>) -> io::Result<()> {
     let mut held: Held<Open<'_>> = Held::new();
     let (mut told, mut told_at) = (held.figures, Instant::now());
     tell(daemon, told, None);
@@ -230,13 +239,6 @@ fn ask<'o>(daemon: BorrowedFd<'_>, held: &mut Held<Open<'o>>, open: Open<'o>, pa
 /// Whether there was room for it.
 fn tell(daemon: BorrowedFd<'_>, figures: Figures, question: Option<Question>) -> bool {
     send(daemon, &Told { figures, question }.encode(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL).is_ok()
-}
-
-/// Holds what is opened through the mount on `directory`, as the daemon at the other end of stdin answers.
-pub fn guard(directory: &Path) -> crate::error::Result<()> {
-    let failed = |e: io::Error| crate::error::Error::io("guard", directory, e);
-    let opens = Opens::through_mount(directory)?;
-    hold(&opens, rustix::stdio::stdin().as_fd()).map_err(failed)
 }
 
 #[cfg(test)]

@@ -175,7 +175,7 @@ fn hold(directory: PathBuf) -> std::io::Result<()> {
     // A registry would wait for what was swapped out. Where that is not allowed, it may.
     let _ = rustix::mm::mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT);
     let guard = move || {
-        if held::guard(&directory).is_err() {
+        if held::hold(&directory).is_err() {
             std::process::exit(1);
         }
     };
