@@ -86,6 +86,13 @@ pub enum Error {
         /// Why.
         why: &'static str,
     },
+    /// The filesystem of a storage can't do what a change needs.
+    Incapable {
+        /// The registry directory.
+        path: PathBuf,
+        /// Why the last try failed.
+        source: io::Error,
+    },
     /// The store is mounted read-only, or is not ours to change.
     ReadOnly,
     /// The mark met what it can't judge; nothing was changed.
@@ -158,6 +165,7 @@ impl Error {
             Error::Invalid { .. } => libc::EINVAL,
             Error::NotPermitted { .. } | Error::NotOurs { .. } => libc::EPERM,
             Error::ReadOnly => libc::EROFS,
+            Error::Incapable { .. } => libc::EOPNOTSUPP,
             Error::Unjudged { .. } | Error::Unfinished { .. } => libc::EIO,
         }
     }
@@ -192,6 +200,12 @@ impl fmt::Display for Error {
             Error::Unfinished { see } => write!(f, "not finished; {see} says what failed"),
             Error::NotPermitted { why } => f.write_str(why),
             Error::ReadOnly => f.write_str("this view is read-only"),
+            Error::Incapable { path, source } => write!(
+                f,
+                "the filesystem of {} has neither a rename that replaces nothing (renameat2) nor hard links (link: \
+                 {source}), so regfs can only look: run it on the machine that has the disk, or move the storage",
+                path.printable()
+            ),
             Error::Unjudged { problems } => {
                 write!(
                     f,

@@ -187,6 +187,31 @@ fn start_daemon(typed_args: &[OsString]) -> Result<Outcome> {
     }
 }
 
+/// Whether the store can be changed, by this user and on its filesystem; says why not.
+fn can_be_changed(store: &Disk) -> bool {
+    let root = store.full(Path::new(""));
+    if !store.is_writable() {
+        log::warn!("{} can't be changed by this user: mounting read-only", root.printable());
+        return false;
+    }
+    match store.expect_able() {
+        Err(e @ (Error::Incapable { .. } | Error::Misplaced { .. })) => {
+            log::warn!("{e}: mounting read-only");
+            false
+        }
+        Err(e) if e.errno() == libc::EROFS => {
+            log::warn!("{} is on a read-only filesystem: mounting read-only", root.printable());
+            false
+        }
+        // Whatever else it is, the first change meets it, too, and says so.
+        Err(e) => {
+            log::warn!("{e}");
+            true
+        }
+        Ok(()) => true,
+    }
+}
+
 fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     let argument = store_argument(&args.store, environment)?;
     let registries = args.registry.known(&argument, environment)?;
@@ -200,10 +225,7 @@ fn serve(args: &MountArgs, environment: Environment<'_>) -> Result<Outcome> {
     if args.fake {
         return Ok(Outcome::Done);
     }
-    let read_only = args.read_only || !store.is_writable();
-    if read_only && !args.read_only {
-        log::warn!("{} can't be changed by this user: mounting read-only", storage_root.printable());
-    }
+    let read_only = args.read_only || !can_be_changed(&store);
     let settings = Settings {
         read_only,
         uid: rustix::process::geteuid().as_raw(),

@@ -2,7 +2,7 @@
 //!
 //! Every path is opened below a descriptor of the registry directory with
 //! `openat2(RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)`: neither `..` nor a symlink planted in the store leads out of it.
-//! Renames are `renameat2(RENAME_NOREPLACE)`. Durability is one `syncfs` per step.
+//! Renames are `renameat2(RENAME_NOREPLACE)`, or what does the same (`moves`). Durability is one `syncfs` per step.
 //!
 //! `open` opens, `directory` lists and makes directories, `write` writes and moves; `own`, `lock` and `reserve` are about
 //! regfs's own directory, `tree` about trees deeper than a path can be.
@@ -12,6 +12,7 @@
 
 mod directory;
 mod lock;
+mod moves;
 mod open;
 mod own;
 mod reserve;
@@ -22,6 +23,7 @@ use std::ffi::OsStr;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RawMode};
@@ -44,6 +46,8 @@ pub struct Disk {
     path: PathBuf,
     /// Kernels before 5.6 and some sandboxes lack `openat2`.
     has_openat2: bool,
+    /// Set once things were seen to move as they have to.
+    is_able: OnceLock<bool>,
 }
 
 impl Disk {
@@ -68,7 +72,7 @@ impl Disk {
         };
         let has_openat2 =
             fs::openat2(&root, ".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve_flags()).is_ok();
-        Ok(Disk { root, path, has_openat2 })
+        Ok(Disk { root, path, has_openat2, is_able: OnceLock::new() })
     }
 
     /// Opens `path` below the root without following any symlink.
@@ -111,12 +115,12 @@ impl Store for Disk {
 
     fn stat(&self, path: &Path) -> Result<Option<Stat>> {
         let doing = "look at";
-        let fd = match self.open_below(path, OFlags::PATH, Mode::empty()) {
-            Ok(fd) => fd,
+        // Where a filesystem remembers names (NFS, FUSE), only the second call tells that a file is gone.
+        let stat = match self.open_below(path, OFlags::PATH, Mode::empty()).and_then(fs::fstat) {
+            Ok(stat) => stat,
             Err(Errno::NOENT) => return Ok(None),
             Err(e) => return Err(self.error(doing, path, e)),
         };
-        let stat = fs::fstat(&fd).map_err(|e| self.error(doing, path, e))?;
         expect_file(kind_of(FileType::from_raw_mode(stat.st_mode as RawMode)), self.full(path))?;
         Ok(Some(stat_of(&stat)))
     }
@@ -178,12 +182,12 @@ impl Store for Disk {
 
     fn directory_changed(&self, path: &Path) -> Result<Option<SystemTime>> {
         let doing = "look at the directory";
-        let fd = match self.open_below(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) {
-            Ok(fd) => fd,
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let stat = match self.open_below(path, flags, Mode::empty()).and_then(fs::fstat) {
+            Ok(stat) => stat,
             Err(Errno::NOENT) => return Ok(None),
             Err(e) => return Err(self.error(doing, path, e)),
         };
-        let stat = fs::fstat(&fd).map_err(|e| self.error(doing, path, e))?;
         Ok(Some(stat_of(&stat).modified))
     }
 

@@ -39,6 +39,7 @@ impl Disk {
             self.open_below(own_path, flags, Mode::empty()).map_err(|e| self.error(doing, own_path, e))?;
         self.mend_modes(&own);
         let file = self.lock_file(&own, Instant::now() + wait)?;
+        self.expect_able()?;
         // The text is only for people who wait; the lock itself is the kernel's and dies with the process.
         let text = format!("{} (pid {})\n", who, std::process::id());
         let described = file.set_len(0).and_then(|()| file.write_all_at(text.as_bytes(), 0));

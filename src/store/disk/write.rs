@@ -6,10 +6,11 @@ use std::io::{self, BufWriter, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{self, AtFlags, Gid, Mode, OFlags, RawMode, RenameFlags, Uid};
+use rustix::fs::{self, AtFlags, Gid, Mode, OFlags, RawMode, Uid};
 use rustix::io::Errno;
 
 use super::Disk;
+use super::moves::{Place, exchange, move_to};
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::printable::Printable;
@@ -58,7 +59,9 @@ impl Disk {
         let Some((to_parent, to_name)) = self.parent(to, doing)? else {
             return Err(self.error(doing, to, Errno::NOENT));
         };
-        match fs::renameat_with(&from_parent, from_name, &to_parent, to_name, RenameFlags::NOREPLACE) {
+        let place =
+            |parent, name, path: &Path| Place { parent, name, is_ours: path.starts_with(layout::OWN) };
+        match move_to(place(&from_parent, from_name, from), place(&to_parent, to_name, to)) {
             Ok(()) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
             Err(Errno::EXIST) => Err(Error::Exists { path: self.full(to) }),
@@ -107,7 +110,8 @@ impl Disk {
             return Err(self.error(doing, path, Errno::NOENT));
         };
         let (new_parent, new_name) = self.write_new(&parent, path, content)?;
-        match fs::renameat_with(&new_parent, new_name, &parent, name, RenameFlags::NOREPLACE) {
+        let new = Place { parent: &new_parent, name: new_name, is_ours: true };
+        match move_to(new, Place { parent: &parent, name, is_ours: false }) {
             Ok(()) => Ok(()),
             Err(Errno::EXIST) => Err(Error::Exists { path: self.full(path) }),
             Err(e) => Err(self.error(doing, path, e)),
@@ -120,17 +124,18 @@ impl Disk {
             return Err(self.error(doing, path, Errno::NOENT));
         };
         let (new_parent, new_name) = self.write_new(&parent, path, content)?;
-        fs::renameat_with(&new_parent, new_name, &parent, name, RenameFlags::EXCHANGE)
-            .map_err(|e| self.error(doing, path, e))?;
         // Owner and mode of directories in the trash are those of the store, so that an undo finds them.
         self.make_directories(saved.parent().unwrap_or(Path::new("")), path.parent())?;
         let Some((to_parent, to_name)) = self.parent(saved, doing)? else {
             return Err(self.error(doing, saved, Errno::NOENT));
         };
-        match fs::renameat_with(&new_parent, new_name, &to_parent, to_name, RenameFlags::NOREPLACE) {
+        let new = Place { parent: &new_parent, name: new_name, is_ours: true };
+        let old = Place { parent: &parent, name, is_ours: false };
+        match exchange(new, old, Place { parent: &to_parent, name: to_name, is_ours: true }) {
             Ok(()) => Ok(()),
             Err(Errno::EXIST) => Err(Error::Exists { path: self.full(saved) }),
-            Err(e) => Err(self.error(doing, saved, e)),
+            Err(Errno::AGAIN) => Err(Error::Changed { what: self.full(path).printable().to_string() }),
+            Err(e) => Err(self.error(doing, path, e)),
         }
     }
 }
