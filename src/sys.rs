@@ -4,7 +4,6 @@
 //! The only module with `unsafe` code.
 #![allow(unsafe_code, reason = "see above; each block says why it is sound")]
 
-use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
@@ -35,12 +34,14 @@ pub(crate) fn mount_opens(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     fanotify(libc::FAN_CLASS_CONTENT, libc::FAN_MARK_MOUNT, libc::FAN_OPEN_PERM, directory)
 }
 
-fn fanotify(
-    class: libc::c_uint,
-    kind: libc::c_uint,
-    mask: u64,
-    directory: BorrowedFd<'_>,
-) -> io::Result<OwnedFd> {
+/// Opens of one file, whatever name and mount lead to it, to be read without waiting. For root only: nobody else is told who.
+///
+/// Each event carries a descriptor of the file ([`opened_file`]).
+pub(crate) fn file_opens(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    fanotify(libc::FAN_CLASS_NOTIF, 0, libc::FAN_OPEN, file)
+}
+
+fn fanotify(class: libc::c_uint, kind: libc::c_uint, mask: u64, what: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = class | libc::FAN_CLOEXEC | libc::FAN_NONBLOCK;
     // SAFETY: takes no pointers.
     let fd = unsafe { libc::fanotify_init(flags, (libc::O_RDONLY | libc::O_CLOEXEC) as libc::c_uint) };
@@ -49,17 +50,9 @@ fn fanotify(
     }
     // SAFETY: the call gave a new descriptor that nobody else has.
     let events = unsafe { OwnedFd::from_raw_fd(fd) };
-    let here: &CStr = c".";
-    // SAFETY: both descriptors are open, and the path is a string that ends in a zero and outlives the call.
-    let marked = unsafe {
-        libc::fanotify_mark(
-            events.as_raw_fd(),
-            libc::FAN_MARK_ADD | kind,
-            mask,
-            directory.as_raw_fd(),
-            here.as_ptr(),
-        )
-    };
+    let (to, flags) = (events.as_raw_fd(), libc::FAN_MARK_ADD | kind);
+    // SAFETY: both descriptors are open; without a path the second one is meant.
+    let marked = unsafe { libc::fanotify_mark(to, flags, mask, what.as_raw_fd(), std::ptr::null()) };
     if marked < 0 { Err(io::Error::last_os_error()) } else { Ok(events) }
 }
 

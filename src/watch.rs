@@ -12,6 +12,7 @@
 
 pub mod held;
 mod local;
+pub(crate) mod openers;
 pub mod opens;
 mod tree;
 

@@ -1,36 +1,8 @@
-//! Which process of this machine answers: the one that has a file open which only a request can have opened.
-//!
-//! Addresses don't tell. Two of them may lead to one process, and one to several; containers have addresses of their own,
-//! and a proxy stands in between.
+//! What tells two registries apart, or shows that two names lead to one.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-
-/// Device and inode of a file.
-pub(super) type FileId = (u64, u64);
-
-/// What a file is, whatever it is called.
-pub(super) fn file_id(path: &Path) -> Option<FileId> {
-    fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
-}
-
-/// Whether a process has a file open, as far as we may know.
-pub(super) fn has_open(pid: u32, file: FileId) -> bool {
-    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    // Not what the link says: another mount namespace may have another name for it.
-    descriptors
-        .filter_map(|descriptor| fs::metadata(descriptor.path()).ok())
-        .any(|metadata| (metadata.dev(), metadata.ino()) == file)
-}
-
-/// A process other than this one that has a file open.
-pub(super) fn anyone_with(file: FileId) -> Option<u32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| *pid != std::process::id()).find(|pid| has_open(*pid, file))
-}
+use std::path::PathBuf;
 
 /// A process and those that started it: a launcher stands for what it launched.
 pub(super) fn lineage(pid: u32) -> Vec<u32> {
@@ -68,14 +40,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_is_known_by_what_it_has_open() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let id = file_id(file.path()).unwrap();
-        assert!(has_open(std::process::id(), id));
-        assert!(lineage(std::process::id()).len() > 1);
-        assert_eq!(file_id(Path::new("/nowhere")), None);
-        let other = file_id(Path::new("/proc/self/stat")).unwrap();
-        assert!(!has_open(std::process::id(), other));
+    fn a_process_comes_from_those_that_started_it() {
+        let lineage = lineage(std::process::id());
+        assert_eq!(lineage[0], std::process::id());
+        assert!(lineage.contains(&std::os::unix::process::parent_id()));
     }
 
     #[test]

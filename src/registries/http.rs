@@ -24,7 +24,7 @@ use serde::Deserialize;
 use ureq::http::{Request, Response};
 use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{Connector, TcpConnector};
-use ureq::{Agent, AsSendBody, Body, SendBody};
+use ureq::{Agent, Body};
 
 use self::auth::Challenge;
 pub use self::auth::Credentials;
@@ -161,7 +161,7 @@ impl Registry {
     }
 
     fn check(&self) -> Result<()> {
-        let (status, mut answer) = self.call("GET", "/v2/", "", SendBody::none())?;
+        let (status, mut answer) = self.call("GET", "/v2/", "")?;
         let url = self.url();
         match status {
             // One that wants credentials for more than that says so when it is asked for more.
@@ -226,20 +226,14 @@ impl Registry {
     fn blob(&self, method: &str, repository: &Path, digest: &Digest) -> Result<u16> {
         let path = format!("/v2/{}/blobs/{digest}", repository.to_string_lossy());
         let actions = if method == "DELETE" { "delete" } else { "pull" };
-        Ok(self.call(method, &path, &scope(repository, actions), SendBody::none())?.0)
+        Ok(self.call(method, &path, &scope(repository, actions))?.0)
     }
 
-    /// Sends a request; a second time with what is wanted, if it wants something to see. A body can be sent but once.
-    fn call(
-        &self,
-        method: &str,
-        path: &str,
-        scope: &str,
-        body: SendBody<'_>,
-    ) -> Result<(u16, Response<Body>)> {
+    /// Sends a request; a second time with what is wanted, if it wants something to see.
+    fn call(&self, method: &str, path: &str, scope: &str) -> Result<(u16, Response<Body>)> {
         let target = format!("{}{path}", self.base);
         let known = self.authorizations.lock().unwrap_or_else(PoisonError::into_inner).get(scope).cloned();
-        let answer = self.send(method, &target, known, body)?;
+        let answer = self.send(method, &target, known)?;
         if answer.status() != 401 {
             return Ok((answer.status().as_u16(), answer));
         }
@@ -248,7 +242,7 @@ impl Registry {
         let mut authorizations = self.authorizations.lock().unwrap_or_else(PoisonError::into_inner);
         authorizations.insert(scope.to_string(), wanted.clone());
         drop(authorizations);
-        let answer = self.send(method, &target, Some(wanted), SendBody::none())?;
+        let answer = self.send(method, &target, Some(wanted))?;
         Ok((answer.status().as_u16(), answer))
     }
 
@@ -272,7 +266,7 @@ impl Registry {
 
     /// Asks a service for a token.
     fn token(&self, target: &str, authorization: Option<String>) -> Result<Option<String>> {
-        let mut answer = self.send("GET", target, authorization, SendBody::none())?;
+        let mut answer = self.send("GET", target, authorization)?;
         if !answer.status().is_success() {
             return Ok(None);
         }
@@ -282,26 +276,17 @@ impl Registry {
         Ok(token.token.or(token.access_token).map(|token| format!("Bearer {token}")))
     }
 
-    fn send(
-        &self,
-        method: &str,
-        target: &str,
-        authorization: Option<String>,
-        mut body: SendBody<'_>,
-    ) -> Result<Response<Body>> {
+    fn send(&self, method: &str, target: &str, authorization: Option<String>) -> Result<Response<Body>> {
         let mut request = Request::builder().method(method).uri(target);
         if let Some(authorization) = authorization {
             request = request.header("Authorization", authorization);
-        }
-        if method == "PATCH" {
-            request = request.header("Content-Type", "application/octet-stream");
         }
         let shown = match self.place.url.strip_prefix("unix:") {
             Some(_) => format!("{} {}", self.place.url, target.strip_prefix(&self.base).unwrap_or(target)),
             None => target.to_string(),
         };
         let failed = |why: String| Error::Busy { why: format!("{method} {}: {why}", shown.printable()) };
-        let request = request.body(body.as_body()).map_err(|e| failed(e.to_string()))?;
+        let request = request.body(()).map_err(|e| failed(e.to_string()))?;
         self.agent.run(request).map_err(|e| failed(explain(&e)))
     }
 }

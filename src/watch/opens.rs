@@ -76,21 +76,27 @@ impl Opens {
 
     /// Those that wait now.
     pub fn waiting(&self) -> io::Result<Vec<Open<'_>>> {
-        let mut buffer = [0; BUFFER];
-        let read = match rustix::io::read(&self.events, &mut buffer) {
-            Err(Errno::AGAIN | Errno::INTR) => 0,
-            read => read?,
-        };
-        let (mut rest, mut found) = (&buffer[..read], Vec::new());
-        while let Some(length) = number(rest, 0).map(|length| length as usize) {
-            let Some((event, after)) = rest.split_at_checked(length.max(METADATA)) else { break };
-            rest = after;
-            let file = number(event, 16).and_then(|file| sys::opened_file(file.cast_signed()));
-            let pid = number(event, 20).unwrap_or_default();
-            found.extend(file.map(|file| Open { opens: self, file, pid }));
-        }
-        Ok(found)
+        let waiting = opened(&self.events)?.into_iter();
+        Ok(waiting.map(|(file, pid)| Open { opens: self, file, pid }).collect())
     }
+}
+
+/// Files that were opened, and by whom; none where nothing more is to be read.
+pub(super) fn opened(events: &OwnedFd) -> io::Result<Vec<(OwnedFd, u32)>> {
+    let mut buffer = [0; BUFFER];
+    let read = match rustix::io::read(events, &mut buffer) {
+        Err(Errno::AGAIN | Errno::INTR) => 0,
+        read => read?,
+    };
+    let (mut rest, mut found) = (&buffer[..read], Vec::new());
+    while let Some(length) = number(rest, 0).map(|length| length as usize) {
+        let Some((event, after)) = rest.split_at_checked(length.max(METADATA)) else { break };
+        rest = after;
+        let file = number(event, 16).and_then(|file| sys::opened_file(file.cast_signed()));
+        let pid = number(event, 20).unwrap_or_default();
+        found.extend(file.map(|file| (file, pid)));
+    }
+    Ok(found)
 }
 
 impl Open<'_> {

@@ -1,23 +1,19 @@
 //! What any push begins with shows where a registry stores, and which process it is; and ends here.
 //!
-//! An upload is begun; its file has to appear in this storage. Then a body is announced and held back: as long as it is
-//! awaited, the process that answers has the file open. Then the upload is cancelled, and what is left of it removed.
-//! This tells a process apart from all others, whatever address leads to it, in a container as well.
+//! An upload is begun; its file has to appear in this storage. Then it is cancelled, for which the registry opens that file,
+//! and the kernel tells who did. Addresses don't tell that: two of them may lead to one process, and one to several;
+//! containers have addresses of their own, and proxies stand in between. What is left of the upload is removed.
 //!
 //! # What can't be told
-//! Something in between that takes a body as a whole before it passes it on, a registry on another machine, and processes
-//! that we may not look at. These count by their addresses: two that lead to one address are one.
+//! Users other than root are not told who opens a file. For them registries count by their addresses: two names that lead to
+//! one address are one registry, a proxy and the registry behind it are two.
 
 use std::collections::BTreeSet;
-use std::io;
 use std::path::Path;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
-use ureq::SendBody;
 use ureq::http::Uri;
 
-use super::super::answering::{FileId, addresses, anyone_with, file_id, has_open, lineage};
+use super::super::answering::{addresses, lineage};
 use super::traces::{self, Trace};
 use super::{Client, Registry, Seen, header, scope};
 use crate::digest::Digest;
@@ -25,10 +21,7 @@ use crate::error::{Error, Result};
 use crate::layout;
 use crate::printable::Printable;
 use crate::store::Store;
-
-/// How long a process may take to open a file that it is sent something for.
-const OPENS_WITHIN: Duration = Duration::from_secs(1);
-const TICK: Duration = Duration::from_millis(5);
+use crate::watch::openers::Openers;
 
 impl Client {
     /// Fails unless each registry writes into this storage, and each process that was seen is one of them.
@@ -45,8 +38,9 @@ impl Client {
         let mut hidden = Vec::new();
         for registry in &self.registries {
             registry.check_delete(repository)?;
-            match registry.check_storage(store, repository, witness, &self.seen)? {
-                Some(pid) => asked.extend(lineage(pid)),
+            match registry.check_storage(store, repository, witness)? {
+                // Whoever launched it is nobody else.
+                Some(pids) => asked.extend(pids.into_iter().flat_map(lineage)),
                 None => hidden.push(registry),
             }
         }
@@ -93,7 +87,7 @@ fn ways_to(url: &str) -> BTreeSet<String> {
 }
 
 impl Registry {
-    /// Fails unless it writes into this storage; returns the process that does, if that can be told.
+    /// Fails unless it writes into this storage; returns the processes that looked at the upload, if that can be told.
     ///
     /// One that lacks the blob `witness` is another one, and nothing need be written to it to know that.
     fn check_storage(
@@ -101,15 +95,14 @@ impl Registry {
         store: &dyn Store,
         repository: &Path,
         witness: Option<&Digest>,
-        seen: &[Seen],
-    ) -> Result<Option<u32>> {
+    ) -> Result<Option<Vec<u32>>> {
         if let Some(witness) = witness
             && self.blob("HEAD", repository, witness)? == 404
         {
             return Err(self.elsewhere(store));
         }
         let mut trace = Trace::begin(store, repository)?;
-        let shown = self.upload(store, repository, seen, &mut trace);
+        let shown = self.upload(store, repository, &mut trace);
         // Also where it failed; that counts more, then.
         let ended = trace.end(store);
         shown.and_then(|shown| ended.map(|()| shown))
@@ -123,17 +116,11 @@ impl Registry {
         ))
     }
 
-    /// Begins an upload, finds out who answers, and cancels it.
-    fn upload(
-        &self,
-        store: &dyn Store,
-        repository: &Path,
-        seen: &[Seen],
-        trace: &mut Trace,
-    ) -> Result<Option<u32>> {
+    /// Begins an upload and cancels it; returns who opened it for that.
+    fn upload(&self, store: &dyn Store, repository: &Path, trace: &mut Trace) -> Result<Option<Vec<u32>>> {
         let rights = scope(repository, "pull,push");
         let uploads = format!("/v2/{}/blobs/uploads/", repository.to_string_lossy());
-        let (status, answer) = self.call("POST", &uploads, &rights, SendBody::none())?;
+        let (status, answer) = self.call("POST", &uploads, &rights)?;
         match status {
             202 => {}
             401 | 403 => return Err(self.denied(status, "begin an upload, which shows what it stores in")),
@@ -147,51 +134,34 @@ impl Registry {
             Some(name) => store.stat(&layout::upload_started_at(repository, name.as_ref()))?.is_some(),
             None => false,
         };
-        let mut shown = None;
+        let mut openers = None;
         if let Some(name) = name.filter(|_| is_here) {
             trace.found(store, &name)?;
-            let data = store.full(&layout::upload_data(repository, name.as_ref()));
-            shown = file_id(&data).and_then(|file| self.who_opens(file, &upload, &rights, seen));
+            openers = watched(store, &layout::upload_data(repository, name.as_ref()))?;
         }
         // What is left of it is removed in any case.
-        let cancelled = self.call("DELETE", &upload, &rights, SendBody::none());
+        let cancelled = self.call("DELETE", &upload, &rights);
         if !is_here {
             return Err(self.elsewhere(store));
         }
-        cancelled.map(|_| shown)
-    }
-
-    /// The process that opens a file when something is sent for it.
-    fn who_opens(&self, file: FileId, upload: &str, rights: &str, seen: &[Seen]) -> Option<u32> {
-        if seen.is_empty() {
-            return None;
-        }
-        let mut body = Awaited { file, seen, opener: None };
-        // Whatever it answers: what counts is what it did meanwhile.
-        let _ = self.call("PATCH", upload, rights, SendBody::from_reader(&mut body));
-        body.opener
+        cancelled?;
+        openers
+            .map(|openers| openers.so_far())
+            .transpose()
+            .map_err(|e| Error::io("find out who opens", &store.full(&layout::uploads(repository)), e))
     }
 }
 
-/// A body of no bytes that comes late: when it is known who awaits it.
-struct Awaited<'a> {
-    file: FileId,
-    seen: &'a [Seen],
-    opener: Option<u32>,
-}
-
-impl io::Read for Awaited<'_> {
-    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-        let began = Instant::now();
-        while self.opener.is_none() && began.elapsed() < OPENS_WITHIN {
-            self.opener = self.seen.iter().map(|seen| seen.pid).find(|pid| has_open(*pid, self.file));
-            if self.opener.is_none() {
-                sleep(TICK);
-            }
+/// Who opens a file of the storage from now on; `None` where nobody tells us.
+fn watched(store: &dyn Store, path: &Path) -> Result<Option<Openers>> {
+    let opened = store.open(path)?;
+    let Some(file) = opened.as_ref().and_then(|reader| reader.file()) else { return Ok(None) };
+    match Openers::of(file) {
+        Ok(openers) => Ok(Some(openers)),
+        Err(e) => {
+            log::debug!("registries are told apart by their addresses: {e}");
+            Ok(None)
         }
-        // One that looks like no registry, and is one.
-        self.opener = self.opener.or_else(|| anyone_with(self.file));
-        Ok(0)
     }
 }
 
