@@ -14,6 +14,7 @@ pub(crate) mod mount;
 pub(crate) mod random;
 pub(crate) mod registry;
 pub(crate) mod run;
+pub(crate) mod server;
 pub(crate) mod store;
 
 use std::collections::BTreeMap;

@@ -67,6 +67,11 @@ impl Drop for Alone {
     }
 }
 
+/// Whether a registry answers at a port.
+fn answers(port: u16) -> bool {
+    request(port, "GET", "/v2/", &[], &[]).is_ok_and(|answer| answer.status == 200)
+}
+
 impl Registry {
     /// Starts one without the descriptor cache, so that it sees the storage as it is.
     pub(crate) fn start() -> Registry {
@@ -122,12 +127,21 @@ impl Registry {
 
     /// Starts it again with another configuration.
     pub(crate) fn change_config(&mut self, change: &dyn Fn(String) -> String) {
+        self.change_config_until(change, &answers);
+    }
+
+    /// The same for one that `is_ready` has to find, by its port.
+    pub(crate) fn change_config_until(
+        &mut self,
+        change: &dyn Fn(String) -> String,
+        is_ready: &dyn Fn(u16) -> bool,
+    ) {
         self.stop();
         let config = change(fs::read_to_string(self.config()).unwrap());
         fs::write(self.config(), config).unwrap();
         for _ in 0..5 {
             // The port was ours a moment ago.
-            if self.spawn() {
+            if self.spawn(is_ready) {
                 return;
             }
         }
@@ -208,10 +222,10 @@ impl Registry {
             self.port
         );
         fs::write(self.config(), config).unwrap();
-        self.spawn()
+        self.spawn(&answers)
     }
 
-    fn spawn(&mut self) -> bool {
+    fn spawn(&mut self, is_ready: &dyn Fn(u16) -> bool) -> bool {
         let log = fs::File::create(self.log()).unwrap();
         // setpriv: it must not outlive us however we end.
         let mut process = clean("setpriv")
@@ -225,7 +239,7 @@ impl Registry {
             .expect("run setpriv");
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(60) && process.try_wait().unwrap().is_none() {
-            if request(self.port, "GET", "/v2/", &[], &[]).is_ok_and(|answer| answer.status == 200) {
+            if is_ready(self.port) {
                 self.process = Some(process);
                 return true;
             }
