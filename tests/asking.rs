@@ -327,8 +327,8 @@ fn certificates_are_believed_that_were_named_and_what_is_wrong_with_others_is_sa
     let as_authority = certificate(dir.path(), "authority", None, &local_names);
     let as_leaf = certificate(dir.path(), "leaf", None, &[&local_names[..], &leaf].concat());
     let other_name = certificate(dir.path(), "name", None, &["-addext", "subjectAltName=DNS:hub.example"]);
-    let expired = certificate(dir.path(), "expired", Some("-10d"), &local_names);
-    let later = certificate(dir.path(), "later", Some("+10d"), &local_names);
+    let expired = certificate(dir.path(), "expired", Some("10 days ago"), &local_names);
+    let later = certificate(dir.path(), "later", Some("10 days"), &local_names);
     let other = certificate(dir.path(), "other", None, &local_names);
     let authority = certificate(dir.path(), "ca", None, &[]);
     let signing = ["-CA", &authority.0, "-CAkey", &authority.1];

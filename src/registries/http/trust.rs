@@ -136,10 +136,13 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// Whether all that is wrong with a certificate is who issued it: itself, as an authority, or somebody unknown.
+/// Whether all that is wrong with a certificate is who issued it: itself, as an authority, or somebody unknown, who may have
+/// the name of one that is known.
 fn is_about_issuer(e: &TlsError) -> bool {
     match e {
-        TlsError::InvalidCertificate(CertificateError::UnknownIssuer) => true,
+        TlsError::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+            true
+        }
         TlsError::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
             matches!(inner.downcast_ref::<webpki::Error>(), Some(webpki::Error::CaUsedAsEndEntity))
         }
@@ -159,11 +162,15 @@ pub(super) fn explain(e: &TlsError) -> String {
         };
     };
     let what = match bad {
-        Bad::UnknownIssuer => "is signed by nobody whom this system trusts",
+        Bad::UnknownIssuer | Bad::BadSignature => "is signed by nobody whom this system trusts",
         Bad::Expired | Bad::ExpiredContext { .. } => return outdated("has expired"),
         Bad::NotValidYet | Bad::NotValidYetContext { .. } => return outdated("is not valid yet"),
         Bad::NotValidForName => return other_name(""),
-        Bad::NotValidForNameContext { presented, .. } => return other_name(&presented.join(", ")),
+        Bad::NotValidForNameContext { presented, .. } => {
+            // `DnsName("hub.example")`
+            let name = |name: &String| name.split('"').nth(1).unwrap_or(name).to_string();
+            return other_name(&presented.iter().map(name).collect::<Vec<_>>().join(", "));
+        }
         _ if is_about_issuer(e) => "is marked as an authority, and this system does not trust it itself",
         _ => return format!("its certificate is not accepted ({e})"),
     };
