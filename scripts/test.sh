@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/install.sh
 
 need_rust
-need cc=gcc fusermount3=fuse3 docker-registry=docker-registry skopeo=skopeo umoci=umoci setpriv=util-linux mkfs.ext4=e2fsprogs mount=mount unshare=util-linux strace=strace openssl=openssl faketime=faketime
+need cc=gcc fusermount3=fuse3 docker-registry=docker-registry redis-server=redis-server skopeo=skopeo umoci=umoci setpriv=util-linux mkfs.ext4=e2fsprogs mount=mount unshare=util-linux strace=strace openssl=openssl faketime=faketime
 need_fuse
 for component in fmt clippy; do
     cargo "$component" --version > /dev/null 2>&1 || fail "cargo $component is missing: run 'rustup component add rustfmt clippy'"

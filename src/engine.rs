@@ -502,6 +502,9 @@ impl Engine {
     fn collect(&self, options: Options, said: Said, author: &Author) -> Result<()> {
         let running = Running(&self.run);
         let (gate, refusal) = Gate::of_run(self.registries.gate(said), options.dry_run)?;
+        if !options.dry_run {
+            self.registries.remember(&*self.store, &author.command, &Gate::unknown());
+        }
         let options = &Options { gate, refusal, keeper: self.keeper(), named: self.named.clone(), ..options };
         gc::yield_to_clients(options);
         self.run.tells_nobody.store(!matches!(options.gate, Gate::Probe(_)), Ordering::SeqCst);
@@ -511,6 +514,7 @@ impl Engine {
         }
         let report = result?;
         if !options.dry_run {
+            self.registries.remember(&*self.store, &author.command, report.gate());
             let mut reports = locked(&self.reports);
             reports.sweeps += 1;
             reports.gate = Some(report.gate().clone());

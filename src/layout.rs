@@ -7,7 +7,7 @@
 //! repositories/<name>/_manifests/revisions/<alg>/<hex>/link
 //! repositories/<name>/_manifests/tags/<tag>/{current/link,index/<alg>/<hex>/link}
 //! repositories/<name>/_uploads/<uuid>/{startedat,data,hashstates/…}
-//! .regfs/{lock,reserve/…,trash/<transaction>/…,cache/manifests}          ours
+//! .regfs/{lock,reserve/…,registries.json,trash/<transaction>/…,cache/manifests}          ours
 //! ```
 //! Pure: no I/O, nothing can fail but parsing. Source: distribution `registry/storage/paths.go`.
 
@@ -44,6 +44,8 @@ pub const NEW_FILE: &str = ".regfs/new.tmp";
 pub const PROBE: &str = ".regfs/probe";
 /// Transactions.
 pub const TRASH: &str = ".regfs/trash";
+/// What was last seen of the registries that serve the storage.
+pub const REGISTRIES: &str = ".regfs/registries.json";
 /// Since when which blobs are dead.
 pub const DEAD: &str = ".regfs/dead";
 /// How far a sweep beside a running registry has come, inside its transaction.

@@ -12,6 +12,7 @@ pub mod http;
 mod judge;
 mod processes;
 pub mod redis;
+pub mod seen;
 mod stillness;
 mod whom;
 
@@ -24,10 +25,13 @@ use crate::gc::guard::gate::{All, Gate, Looks, Probe, Registries, Said, Witness}
 use crate::keeper::{Keeper, Metadata};
 use crate::printable::Printable;
 use crate::registry_config::{self, RedisConfig, StoreArgument};
-use http::{Access, Client, Place, Seen};
+use crate::store::Store;
+use crate::store::disk::Disk;
+use http::{Access, Client, Place};
 use judge::{Evidence, Verdict, judge};
 use processes::{Facts, Process};
 use redis::Redis;
+use seen::{Entry, Found, Seen};
 use stillness::Stillness;
 use whom::{Memory, Whom};
 
@@ -70,7 +74,10 @@ impl Known {
     /// # Errors
     /// It was said that no registry runs, and one does.
     pub fn gate(&self, said: Said) -> Result<Gate> {
-        let seen = self.look(said)?;
+        let seen = match self.with_past(self.look(said)?) {
+            Err(e) if said == Said::Nothing => return Ok(Gate::Stop { why: e.to_string() }),
+            seen => seen?,
+        };
         Ok(match judge(&seen, said)? {
             Verdict::Stopped => self.stopped(&seen, said)?,
             Verdict::Off => Gate::Off,
@@ -149,6 +156,42 @@ impl Known {
         Ok(seen)
     }
 
+    /// The same, with what was seen before.
+    fn with_past(&self, now: Evidence) -> Result<Evidence> {
+        let Some(root) = &self.root else { return Ok(now) };
+        let past = Seen::read(&Disk::open(root)?)?.without(&self.entries(&now));
+        Ok(Evidence { past, ..now })
+    }
+
+    /// What is to be remembered of registries that are seen now.
+    fn entries(&self, now: &Evidence) -> Vec<Entry> {
+        let of = |(at, facts): (usize, &Facts)| {
+            // The last is that of the config.yml.
+            let is_process = at < now.running.len();
+            Entry::of(if is_process { Found::Process } else { Found::Config }, facts)
+        };
+        now.facts.iter().enumerate().filter_map(of).collect()
+    }
+
+    /// Writes down what is seen of registries, for later runs; also what was named, where `gate` tells that it was shown to
+    /// belong to this storage. What can't be written is said, and the run goes on.
+    pub fn remember(&self, store: &dyn Store, who: &str, gate: &Gate) {
+        let remembered = self.look(Said::Nothing).and_then(|now| {
+            let mut entries = self.entries(&now);
+            if let Some(redis) = now.redis.as_ref().filter(|_| gate.has_asked()) {
+                entries = entries.into_iter().map(|entry| entry.with_redis(redis)).collect();
+                entries.push(Entry::of_redis(redis));
+            }
+            if matches!(gate, Gate::Probe(_)) {
+                entries.extend(self.named.iter().map(|place| Entry::of_url(&place.url)));
+            }
+            seen::remember(store, who, entries)
+        });
+        if let Err(e) = remembered {
+            log::warn!("what was seen of registries is not written down: {e}");
+        }
+    }
+
     /// Whether a config.yml names this storage; it may have been changed since the mount.
     fn is_ours(&self, config: &StoreArgument) -> bool {
         let identity = |path: &Path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
@@ -181,7 +224,7 @@ impl Known {
         access: &Access,
         seen: &Evidence,
     ) -> std::result::Result<Client, String> {
-        let process = |process: &Process| Seen {
+        let process = |process: &Process| http::Seen {
             pid: process.pid(),
             what: format!("{process} {}", process.relation()),
         };
@@ -226,8 +269,8 @@ impl Known {
     /// # Errors
     /// Why one that may remember can't be told.
     pub fn rememberers(&self) -> std::result::Result<Option<All>, String> {
-        let seen = self.look(Said::Nothing).map_err(|e| e.to_string())?;
-        let is_named = !seen.named.is_empty() || seen.redis.is_some();
+        let seen = self.look(Said::Nothing).and_then(|now| self.with_past(now)).map_err(|e| e.to_string())?;
+        let is_named = !seen.named.is_empty() || seen.has_more_memory();
         let may_remember = is_named || seen.facts.iter().any(|facts| facts.remembers);
         may_remember.then(|| self.ask(whom::whom(&seen)?, &seen)).transpose()
     }

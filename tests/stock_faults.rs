@@ -66,7 +66,7 @@ fn stock_loses(untagged: bool, story: impl Fn(&Store)) -> Option<bool> {
     if !common::have(&["docker-registry"]) {
         return None;
     }
-    let version = clean("docker-registry").arg("--version").outcome();
+    let version = clean(common::registry::binary()).arg("--version").outcome();
     if !version.stdout.contains(" 2.8.2") {
         println!("not compared with {}", version.stdout);
         return None;
@@ -79,7 +79,7 @@ fn stock_loses(untagged: bool, story: impl Fn(&Store)) -> Option<bool> {
     let file = config.path().join("config.yml");
     let text = "version: 0.1\nlog: {level: error}\nstorage:\n  filesystem: {rootdirectory: ";
     put(&file, format!("{text}{}}}\nhttp: {{addr: 127.0.0.1:0}}\n", store.root().display()).as_bytes());
-    let mut collect = clean("docker-registry");
+    let mut collect = clean(common::registry::binary());
     collect.arg("garbage-collect").args(untagged.then_some("-m")).arg(&file).outcome();
     Some(std::panic::catch_unwind(|| live.assert_intact()).is_err())
 }

@@ -68,6 +68,19 @@ fn a_guarded_registry_serves_nothing_broken_even_for_a_moment() {
     assert!(figures.len() < 2, "{} and {}", figures[0], figures[1]);
 }
 
+/// Redis goes on remembering when its registry is started again.
+#[test]
+fn a_storm_with_redis_a_regfs_that_is_killed_and_a_registry_that_is_restarted_loses_nothing() {
+    if !have(&[NEEDS, &["redis-server", "redis-cli"]].concat()) {
+        return;
+    }
+    let trouble =
+        Trouble { kill_every: Some(Duration::from_secs(3)), restart_registry: true, down_for_half: false };
+    let figures = storm(&Storm { cache: true, is_redis: true, trouble, ..Storm::new(8, SHORT) });
+    figures.assert_nothing_is_lost();
+    figures.assert_all_went_to_the_purge();
+}
+
 /// The storm can tell: a collector that takes at once what nothing names, beside a registry that remembers, loses images.
 #[test]
 fn the_same_storm_breaks_images_under_a_collector_that_does_not_wait() {
@@ -101,7 +114,8 @@ fn a_long_storm() {
     };
     let duration = Duration::from_secs(number("SECONDS", 60));
     let plan = Storm {
-        cache: setting("CACHE") == "on",
+        cache: setting("CACHE") != "off",
+        is_redis: setting("CACHE") == "redis",
         collector,
         trouble,
         is_guarded: setting("GUARD") == "yes",

@@ -18,6 +18,7 @@ use crate::gc::guard::gate::{Gate, Said};
 use crate::gc::named::Named;
 use crate::gc::{self, Options, Progress};
 use crate::keeper::Keeper;
+use crate::registries::seen;
 use crate::store::disk::Disk;
 use crate::trash::Author;
 use crate::view::control::{parse_glob, parse_rate, parse_referrers};
@@ -75,6 +76,9 @@ pub(super) struct GcArgs {
     /// With --registry-stopped: the cache that outlives the registry (redis) was emptied since it stopped
     #[arg(long, requires = "registry_stopped")]
     cache_emptied: bool,
+    /// Forget what earlier runs learnt of the registries of this storage; with no other word, do nothing else
+    #[arg(long, conflicts_with = "dry_run")]
+    forget_registries: bool,
     #[command(flatten)]
     registry: RegistryArgs,
     /// Go on, step by step, until nothing is left that could be taken
@@ -145,16 +149,35 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
     let store = Disk::open(&argument.storage_root)?;
     let registries = args.registry.known(&argument, environment)?;
     let author = Author::current(&typed(typed_args));
+    if args.forget_registries {
+        let forgotten = seen::forget(&store, &author.command)?;
+        let all = if forgotten.is_empty() {
+            "nothing was known of registries".to_string()
+        } else {
+            forgotten.join("\n")
+        };
+        say(&format!("forgot what was known of registries:\n{all}"));
+        // The command, its name, the store, and this.
+        if typed_args.len() <= 4 {
+            return Ok(Outcome::Done);
+        }
+    }
     let tables = Tables::new(args.threads);
     let mut is_complete = true;
     let report = loop {
         let (gate, refusal) = Gate::of_run(registries.gate(args.said()), args.dry_run)?;
+        if !args.dry_run {
+            registries.remember(&store, &author.command, &Gate::unknown());
+        }
         let watcher = Watcher::new(args.output.verbose)?;
         let options = Options { gate, refusal, keeper: registries.keeper(), ..args.options() };
         gc::yield_to_clients(&options);
         let report = gc::run(&store, &tables, &options, &author, &*watcher);
         watcher.finish();
         let report = report?;
+        if !args.dry_run {
+            registries.remember(&store, &author.command, report.gate());
+        }
         is_complete &= report.is_complete();
         let next = report.next_step().filter(|_| args.wait && !report.is_stopped && report.is_complete());
         let Some(next) = next else { break report };

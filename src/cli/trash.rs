@@ -33,7 +33,6 @@ pub(super) struct TrashArgs {
 }
 
 #[derive(Subcommand, Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one for each process")]
 enum TrashCommand {
     /// Show what is in the trash, oldest first
     List {
@@ -68,7 +67,7 @@ enum TrashCommand {
         #[arg(long, requires = "registry_stopped")]
         cache_emptied: bool,
         #[command(flatten)]
-        redis: RedisArgs,
+        redis: Box<RedisArgs>,
     },
 }
 

@@ -9,7 +9,7 @@ use jiff::civil::Time;
 
 use super::fresh::{COST_FACTOR, FRESH};
 use super::{Engine, locked};
-use crate::gc::guard::gate::Said;
+use crate::gc::guard::gate::{Gate, Said};
 use crate::gc::guard::state::State;
 use crate::trash::Author;
 use crate::view::node::Node;
@@ -121,6 +121,9 @@ impl Engine {
         match self.registries.gate(Said::Nothing) {
             Ok(gate) => {
                 log::info!("{gate}");
+                if !self.settings.read_only {
+                    self.registries.remember(&*self.store, "regfs mount", &Gate::unknown());
+                }
                 locked(&self.reports).gate.get_or_insert(gate);
             }
             Err(e) => log::warn!("{e}"),

@@ -5,6 +5,7 @@
 
 use super::http::Place;
 use super::processes::{Facts, Process};
+use super::seen::Entry;
 use super::whom::{Whom, whom};
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::Said;
@@ -27,6 +28,15 @@ pub(super) struct Evidence {
     pub(super) holders: Vec<String>,
     /// What is relied on if none of this says otherwise, in words.
     pub(super) relied_on: String,
+    /// Registries that were seen before, and of which nothing is known today.
+    pub(super) past: Vec<Entry>,
+}
+
+impl Evidence {
+    /// Whether something may remember that outlives registries, besides what the facts say.
+    pub(super) fn has_more_memory(&self) -> bool {
+        self.redis.is_some() || self.past.iter().any(|entry| entry.outlives().is_some())
+    }
 }
 
 /// How a sweep may go on.
@@ -52,7 +62,7 @@ pub(super) fn judge(seen: &Evidence, said: Said) -> Result<Verdict> {
         Said::Stopped | Said::Emptied => return stopped(seen).map(|()| Verdict::Stopped),
         Said::Nothing => {}
     }
-    let rules = [read_only, proxy, no_memory, doubts, unnamed, no_deletes];
+    let rules = [strangers, read_only, proxy, no_memory, doubts, unnamed, no_deletes];
     let verdict = rules.iter().find_map(|rule| rule(seen));
     Ok(verdict.unwrap_or_else(|| match whom(seen) {
         Ok(whom) => Verdict::Ask(whom),
@@ -87,9 +97,20 @@ fn stopped(seen: &Evidence) -> Result<()> {
     Ok(())
 }
 
+/// A registry that was seen before, may run where nobody sees it, and is not among those that are asked.
+fn strangers(seen: &Evidence) -> Option<Verdict> {
+    let is_asked = |entry: &Entry| seen.named.iter().any(|place| Some(&place.url) == entry.url.as_ref());
+    let stranger = seen.past.iter().find(|entry| entry.may_run_unseen() && !is_asked(entry))?;
+    Some(Verdict::Stop(format!(
+        "a registry of this storage that was seen before is not among those that are asked ({}); name it, too, with --registry \
+         or its config.yml as STORE; or, if it does not serve this storage any more, run `regfs gc STORE --forget-registries`",
+        stranger.text()
+    )))
+}
+
 fn read_only(seen: &Evidence) -> Option<Verdict> {
     let are_all = seen.facts.iter().all(|facts| facts.read_only && facts.outlives.is_none());
-    (!seen.facts.is_empty() && are_all && seen.redis.is_none()).then_some(Verdict::Stopped)
+    (!seen.facts.is_empty() && are_all && !seen.has_more_memory()).then_some(Verdict::Stopped)
 }
 
 fn proxy(seen: &Evidence) -> Option<Verdict> {
@@ -100,7 +121,7 @@ fn proxy(seen: &Evidence) -> Option<Verdict> {
 
 fn no_memory(seen: &Evidence) -> Option<Verdict> {
     let is_known = !seen.facts.is_empty() && seen.facts.iter().all(|facts| !facts.remembers);
-    (is_known && seen.redis.is_none()).then_some(Verdict::Off)
+    (is_known && !seen.has_more_memory()).then_some(Verdict::Off)
 }
 
 /// A registry of which nobody knows what it serves, while none is named to be asked.

@@ -37,6 +37,8 @@ use writers::{Credentials, Writers};
 pub(super) struct Facts {
     /// It remembers blobs, or that is not known.
     pub(super) remembers: bool,
+    /// The kind of its cache; `None`: it has none.
+    pub(super) cache: Option<String>,
     /// What it remembers is not in its own memory, so it still does after it was stopped.
     pub(super) outlives: Option<Outlives>,
     /// It refuses all writes.
@@ -47,6 +49,8 @@ pub(super) struct Facts {
     pub(super) refuses_delete: bool,
     /// Where it answers.
     pub(super) place: Option<Place>,
+    /// Its config.yml, if all of this is from there.
+    pub(super) config: Option<PathBuf>,
 }
 
 impl Facts {
@@ -54,11 +58,13 @@ impl Facts {
     pub(super) fn unknown() -> Facts {
         Facts {
             remembers: true,
+            cache: None,
             outlives: None,
             read_only: false,
             proxy: false,
             refuses_delete: false,
             place: None,
+            config: None,
         }
     }
 
@@ -66,11 +72,13 @@ impl Facts {
     pub(super) fn of(config: &StoreArgument, is_named: bool) -> Facts {
         Facts {
             remembers: config.descriptor_cache.is_some(),
+            cache: config.descriptor_cache.clone(),
             outlives: Outlives::of(config),
             read_only: config.read_only == Some(true),
             proxy: config.proxy != Some(false),
             refuses_delete: config.delete_enabled == Some(false),
             place: config.url.as_deref().map(|url| Place::new(url, is_named)),
+            config: config.from_config.clone(),
         }
     }
 }

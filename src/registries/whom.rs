@@ -68,6 +68,15 @@ pub(super) fn memories(seen: &Evidence) -> Result<Vec<Memory>, String> {
         }
     }
     seen.redis.iter().for_each(|redis| add(redis.clone()));
+    for entry in &seen.past {
+        match entry.outlives() {
+            None => {}
+            // The one that was named is where they remember.
+            Some(Outlives::Redis(_)) if seen.redis.is_some() => {}
+            Some(Outlives::Redis(Some(redis))) => add(redis),
+            Some(outlives) => return Err(format!("{}: {}", entry.text(), outlives.why_not())),
+        }
+    }
     Ok(found)
 }
 

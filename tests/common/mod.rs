@@ -12,6 +12,7 @@ pub(crate) mod http;
 pub(crate) mod image;
 pub(crate) mod mount;
 pub(crate) mod random;
+pub(crate) mod redis;
 pub(crate) mod registry;
 pub(crate) mod run;
 pub(crate) mod server;
@@ -49,6 +50,7 @@ fn has(need: &str) -> bool {
     match need {
         "fuse" => fuse_available(),
         "root" => is_root(),
+        "docker-registry" => in_path(registry::binary()) || Path::new(registry::binary()).is_file(),
         program => in_path(program),
     }
 }

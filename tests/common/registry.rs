@@ -1,11 +1,12 @@
-//! Debian's `docker-registry` as a child process, with skopeo as its client.
+//! A registry as a child process, with skopeo as its client: Debian's `docker-registry`, or the one whose path is in
+//! `REGFS_TEST_REGISTRY`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -14,6 +15,7 @@ use tempfile::TempDir;
 use super::check::sha256;
 use super::http::{Response, request};
 use super::image::Image;
+use super::redis::RedisServer;
 use super::run::{Bounded, clean};
 use super::{entries, scratch, snapshot};
 
@@ -21,11 +23,69 @@ use super::{entries, scratch, snapshot};
 const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
 
+/// The program of the registry.
+pub(crate) fn binary() -> &'static str {
+    static BINARY: OnceLock<String> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        std::env::var("REGFS_TEST_REGISTRY").unwrap_or_else(|_| "docker-registry".to_string())
+    })
+}
+
+/// Whether it is of version 3, whose configuration names redis in another way.
+fn is_of_version_3() -> bool {
+    static IS_3: OnceLock<bool> = OnceLock::new();
+    *IS_3.get_or_init(|| {
+        let version = clean(binary()).arg("--version").outcome().stdout;
+        version.split_whitespace().any(|word| word.trim_start_matches('v').starts_with("3."))
+    })
+}
+
+/// What it remembers blobs by.
+#[derive(Clone)]
+pub(crate) enum Cache {
+    Off,
+    Inmemory,
+    /// `redis` section; its address and its password.
+    Redis(String, Option<&'static str>),
+}
+
+impl From<bool> for Cache {
+    fn from(is_on: bool) -> Cache {
+        if is_on { Cache::Inmemory } else { Cache::Off }
+    }
+}
+
+impl From<&RedisServer> for Cache {
+    fn from(redis: &RedisServer) -> Cache {
+        Cache::Redis(redis.address(), redis.password())
+    }
+}
+
+impl Cache {
+    /// Below `storage`, and at the top.
+    fn config(&self) -> (String, String) {
+        match self {
+            Cache::Off => (String::new(), String::new()),
+            Cache::Inmemory => ("  cache: {blobdescriptor: inmemory}\n".into(), String::new()),
+            Cache::Redis(address, password) => {
+                let at = if is_of_version_3() {
+                    format!("addrs: ['{address}']")
+                } else {
+                    format!("addr: '{address}'")
+                };
+                let password =
+                    password.map_or_else(String::new, |password| format!(", password: '{password}'"));
+                ("  cache: {blobdescriptor: redis}\n".into(), format!("redis: {{{at}{password}}}\n"))
+            }
+        }
+    }
+}
+
 /// A running registry with a storage of its own; ends when dropped.
 pub(crate) struct Registry {
     process: Option<Child>,
     port: u16,
-    cache: bool,
+    cache: Cache,
     /// Somebody else's storage, if it is not its own.
     storage: Option<PathBuf>,
     /// Variables of its environment.
@@ -78,17 +138,17 @@ impl Registry {
         Registry::start_with(false)
     }
 
-    /// Starts one; `cache`: with `cache.blobdescriptor: inmemory`.
-    pub(crate) fn start_with(cache: bool) -> Registry {
+    /// Starts one; `cache`: `true` is `cache.blobdescriptor: inmemory`.
+    pub(crate) fn start_with(cache: impl Into<Cache>) -> Registry {
         Registry::start_in(scratch(), cache)
     }
 
     /// Starts one that keeps everything in `dir`.
-    pub(crate) fn start_in(dir: TempDir, cache: bool) -> Registry {
+    pub(crate) fn start_in(dir: TempDir, cache: impl Into<Cache>) -> Registry {
         let mut registry = Registry {
             process: None,
             port: 0,
-            cache,
+            cache: cache.into(),
             storage: None,
             environment: Vec::new(),
             present: Box::new(Present::new()),
@@ -145,7 +205,7 @@ impl Registry {
                 return;
             }
         }
-        panic!("docker-registry did not start: {}", fs::read_to_string(self.log()).unwrap());
+        panic!("the registry did not start: {}", fs::read_to_string(self.log()).unwrap());
     }
 
     /// Starts it again with a variable in its environment.
@@ -155,11 +215,11 @@ impl Registry {
     }
 
     /// Starts one on a storage that is there.
-    pub(crate) fn start_at(storage: PathBuf, cache: bool) -> Registry {
+    pub(crate) fn start_at(storage: PathBuf, cache: impl Into<Cache>) -> Registry {
         let mut registry = Registry {
             process: None,
             port: 0,
-            cache,
+            cache: cache.into(),
             storage: Some(storage),
             environment: Vec::new(),
             present: Box::new(Present::new()),
@@ -171,7 +231,7 @@ impl Registry {
 
     /// Another process on the same storage.
     pub(crate) fn another(&self) -> Registry {
-        Registry::start_at(self.store(), self.cache)
+        Registry::start_at(self.store(), self.cache.clone())
     }
 
     /// Its config.yml.
@@ -204,7 +264,7 @@ impl Registry {
                 return;
             }
         }
-        panic!("docker-registry did not start: {}", fs::read_to_string(self.log()).unwrap());
+        panic!("the registry did not start: {}", fs::read_to_string(self.log()).unwrap());
     }
 
     fn log(&self) -> PathBuf {
@@ -213,11 +273,11 @@ impl Registry {
 
     fn try_start(&mut self) -> bool {
         self.port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let cache = if self.cache { "  cache: {blobdescriptor: inmemory}\n" } else { "" };
+        let (cache, redis) = self.cache.config();
         let config = format!(
             "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nstorage:\n  \
              filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n{cache}  \
-             maintenance: {{uploadpurging: {{enabled: false}}}}\nhttp: {{addr: '127.0.0.1:{}'}}\n",
+             maintenance: {{uploadpurging: {{enabled: false}}}}\nhttp: {{addr: '127.0.0.1:{}'}}\n{redis}",
             self.store().display(),
             self.port
         );
@@ -229,9 +289,10 @@ impl Registry {
         let log = fs::File::create(self.log()).unwrap();
         // setpriv: it must not outlive us however we end.
         let mut process = clean("setpriv")
-            .args(["--pdeathsig", "KILL", "docker-registry", "serve"])
+            .args(["--pdeathsig", "KILL", binary(), "serve"])
             .arg(self.config())
             .envs(self.environment.iter().copied())
+            .env("OTEL_TRACES_EXPORTER", "none")
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
@@ -429,7 +490,7 @@ impl Registry {
     /// What its own garbage collector prints in a dry run; `flags`: `-m` for untagged manifests.
     #[track_caller]
     pub(crate) fn stock_report(&self, flags: &[&str]) -> String {
-        let mut collect = clean("docker-registry");
+        let mut collect = clean(binary());
         collect.args(["garbage-collect", "--dry-run"]).args(flags).arg(self.config());
         collect.outcome().exits(0).stdout
     }
@@ -455,8 +516,7 @@ impl Drop for Registry {
 /// What the garbage collector of the registry with this config.yml would delete: digests of blobs. Changes nothing.
 #[track_caller]
 pub(crate) fn stock_garbage(config: &Path) -> BTreeSet<String> {
-    let outcome =
-        clean("docker-registry").args(["garbage-collect", "--dry-run"]).arg(config).outcome().exits(0);
+    let outcome = clean(binary()).args(["garbage-collect", "--dry-run"]).arg(config).outcome().exits(0);
     let eligible =
         outcome.stdout.lines().filter_map(|line| line.strip_prefix("blob eligible for deletion: "));
     let blobs: BTreeSet<String> = eligible.map(|digest| digest.trim().to_string()).collect();

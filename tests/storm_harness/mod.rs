@@ -15,7 +15,8 @@ use crate::common::http::Response;
 use crate::common::image::{Image, layer};
 use crate::common::mount::Mount;
 use crate::common::random::Random;
-use crate::common::registry::{Registry, stock_garbage};
+use crate::common::redis::RedisServer;
+use crate::common::registry::{self, Cache, Registry, stock_garbage};
 use crate::common::run::{Bounded, clean, regfs};
 use crate::windows_harness::Bound;
 
@@ -66,6 +67,8 @@ pub(crate) struct Storm {
     pub(crate) seed: u64,
     pub(crate) duration: Duration,
     pub(crate) cache: bool,
+    /// Where it remembers with a cache: in redis.
+    pub(crate) is_redis: bool,
     pub(crate) collector: Collector,
     pub(crate) trouble: Trouble,
     /// The registry works in a bind mount that regfs guards.
@@ -77,7 +80,16 @@ pub(crate) struct Storm {
 impl Storm {
     pub(crate) fn new(seed: u64, duration: Duration) -> Storm {
         let (collector, trouble) = (Collector::Regfs, Trouble::default());
-        Storm { seed, duration, cache: false, collector, trouble, is_guarded: false, ends_when_broken: false }
+        Storm {
+            seed,
+            duration,
+            cache: false,
+            is_redis: false,
+            collector,
+            trouble,
+            is_guarded: false,
+            ends_when_broken: false,
+        }
     }
 }
 
@@ -174,6 +186,7 @@ struct World {
     plan: Storm,
     /// Where a guarded registry works.
     place: Option<Bound>,
+    redis: Option<RedisServer>,
     /// Requests hold it for reading, a restart for writing.
     registry: RwLock<Registry>,
     mount: RwLock<Option<Mount>>,
@@ -198,13 +211,16 @@ fn arguments(place: &Bound) -> Vec<&str> {
 pub(crate) fn storm(plan: &Storm) -> Figures {
     let place = plan.is_guarded.then(Bound::new);
     let guarded = place.as_ref().map(|place| place.mount(&arguments(place)));
+    let redis = plan.is_redis.then(RedisServer::start);
+    let cache = redis.as_ref().map_or_else(|| plan.cache.into(), Cache::from);
     let registry = match &place {
-        Some(place) => Registry::start_at(place.bound.clone(), plan.cache),
-        None => Registry::start_with(plan.cache),
+        Some(place) => Registry::start_at(place.bound.clone(), cache),
+        None => Registry::start_with(cache),
     };
     let mut world = World {
         plan: *plan,
         place,
+        redis,
         registry: RwLock::new(registry),
         mount: RwLock::default(),
         is_over: AtomicBool::new(false),
@@ -486,7 +502,7 @@ fn collects(world: &World) {
                 regfs(["gc"]).arg(&config).args(words).outcome();
             }
             Collector::Stock => {
-                clean("docker-registry").arg("garbage-collect").arg(&config).outcome();
+                clean(registry::binary()).arg("garbage-collect").arg(&config).outcome();
             }
         }
         std::thread::sleep(Duration::from_millis(100));
@@ -539,9 +555,14 @@ impl World {
 
     /// Waits for the collector to get to its end, starts the registry again, and looks at everything.
     fn finish(self) -> Figures {
-        let World { plan, registry, mount, tags, ever, figures, push_millis, .. } = self;
+        let World { plan, redis, registry, mount, tags, ever, figures, push_millis, .. } = self;
         let (mut registry, mut figures) = (registry.into_inner().unwrap(), figures.into_inner().unwrap());
-        figures.name = format!("{:?}, cache {}", plan.collector, if plan.cache { "on" } else { "off" });
+        let cache = match plan.cache {
+            _ if plan.is_redis => "redis",
+            true => "on",
+            false => "off",
+        };
+        figures.name = format!("{:?}, cache {cache}", plan.collector);
         let mut millis = push_millis.into_inner().unwrap();
         millis.sort_by(f64::total_cmp);
         figures.push_millis = millis.get(millis.len() / 2).copied().unwrap_or_default();
@@ -560,6 +581,7 @@ impl World {
             regfs(["gc"]).arg(registry.config()).args(TIMES).outcome().exits(0);
         }
         // It forgets what it knew: only what is on the disk counts.
+        redis.iter().for_each(|redis| drop(redis.ask(&["FLUSHALL"])));
         registry.restart();
         for ((repository, tag), known) in tags.into_inner().unwrap() {
             if known.is_some()

@@ -259,6 +259,11 @@ impl Gate {
         }
     }
 
+    /// Whether there is anybody to ask.
+    pub fn has_asked(&self) -> bool {
+        matches!(self, Gate::Probe(_)) || self.outliving().is_some()
+    }
+
     /// The same, if each registry that is to be asked is shown to serve this storage; otherwise one that takes nothing.
     ///
     /// # Errors
