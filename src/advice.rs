@@ -169,7 +169,8 @@ fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:@%+,".contains(c);
     match !word.is_empty() && word.chars().all(is_plain) {
         true => word.to_string(),
-        false => format!("'{}'", word.replace('\'', r"'\''")),
+        // What a terminal would obey is shown, not typed: whoever has such a name has to find it with `ls`.
+        false => format!("'{}'", word.printable().to_string().replace('\'', r"'\''")),
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::forgetting::Forget;
 use super::retag::check_name;
-use super::{Engine, LOCK_WAIT, locked};
+use super::{Engine, locked};
 use crate::catalog::update::rescan;
 use crate::catalog::{Catalog, Repository};
 use crate::edit::relocate::{Move, relocate};
@@ -60,7 +60,7 @@ impl Engine {
     ) -> Result<String> {
         check_name(to)?;
         let _changing = locked(&self.changing);
-        let _lock = self.store.lock(&author.command, LOCK_WAIT)?;
+        let _lock = self.lock_for_change(author)?;
         let current = self.current();
         let is_there = |name: &PathBuf| name.starts_with(to);
         if current.catalog.repositories.keys().any(is_there) {
