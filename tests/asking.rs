@@ -14,8 +14,9 @@ use common::beside::{TIMES, garbage_in, step_with};
 use common::gc::Report;
 use common::registry::Registry;
 use common::run::{Bounded, Outcome, clean, regfs};
-use common::server::{Answer, Asked, Server};
+use common::server::{Answer, Asked, Server, registry_on};
 use common::{entries, have, wait_for};
+use tempfile::TempDir;
 
 const NEEDS: &[&str] = &["docker-registry", "setpriv"];
 
@@ -35,18 +36,39 @@ fn listens(port: u16) -> bool {
     TcpStream::connect(("127.0.0.1", port)).is_ok()
 }
 
-fn uploads(registry: &Registry) -> Vec<PathBuf> {
-    entries(&registry.store().join("docker/registry/v2/repositories/app/_uploads"))
+/// A store in which something is garbage, for servers that behave like a registry.
+fn sample() -> TempDir {
+    let dir = common::scratch();
+    regfs(["sample"]).arg(dir.path().join("store")).outcome().exits(0);
+    for upload in uploads(&dir.path().join("store")) {
+        fs::remove_dir_all(upload).unwrap();
+    }
+    dir
 }
 
-fn probes(registry: &Registry) -> PathBuf {
-    registry.store().join("docker/registry/v2/.regfs/probes")
+/// The uploads in all repositories.
+fn uploads(store: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut directories = vec![store.join("docker/registry/v2/repositories")];
+    while let Some(directory) = directories.pop() {
+        let inside = entries(&directory).into_iter().filter(|path| path.is_dir());
+        match directory.ends_with("_uploads") {
+            true => found.extend(inside),
+            false => directories.extend(inside),
+        }
+    }
+    found.sort_unstable();
+    found
+}
+
+fn probes(store: &Path) -> PathBuf {
+    store.join("docker/registry/v2/.regfs/probes")
 }
 
 #[track_caller]
-fn assert_nothing_left(registry: &Registry, when: &str) {
-    assert_eq!(uploads(registry), Vec::<PathBuf>::new(), "{when}");
-    assert!(!probes(registry).exists(), "{when}");
+fn assert_nothing_left(store: &Path, when: &str) {
+    assert_eq!(uploads(store), Vec::<PathBuf>::new(), "{when}");
+    assert!(!probes(store).exists(), "{when}");
 }
 
 #[track_caller]
@@ -56,8 +78,8 @@ fn assert_held(report: &Report, says: &str) {
 }
 
 /// A file for `--registry-auth`.
-fn auth(registry: &Registry, text: &str) -> String {
-    let path = registry.fresh("auth");
+fn auth(directory: &Path, text: &str) -> String {
+    let path = directory.join(format!("auth-{}", text.len()));
     fs::write(&path, text).unwrap();
     path.to_str().unwrap().to_string()
 }
@@ -99,7 +121,7 @@ fn a_registry_is_asked_wherever_it_answers_and_nothing_is_left_there() {
             let words = if below.is_empty() { vec![] } else { vec!["--registry", &named] };
             let report = step_with(&registry.config(), &words);
             assert_eq!(report.gate, "probe", "{more}{address} {words:?}: {}", report.gate_reason);
-            assert_nothing_left(&registry, &format!("{more}{address} {words:?}"));
+            assert_nothing_left(&registry.store(), &format!("{more}{address} {words:?}"));
         }
     }
 }
@@ -142,17 +164,15 @@ fn one_registry_by_two_names_does_not_stand_for_two() {
 }
 
 /// Kills a run that waits for the answer to what `is_it` says, which the registry did or did not do.
-fn killed_when(registry: &Registry, is_it: fn(&Asked) -> bool, is_done: bool) {
-    let port = registry.port();
+fn killed_when(store: &Path, is_it: fn(&Asked) -> bool, is_done: bool) {
+    let root = store.to_path_buf();
     let server = Server::start(move |asked| {
-        let answer = (is_done || !is_it(asked)).then(|| asked.forwarded(port));
+        let answer = (is_done || !is_it(asked)).then(|| registry_on(&root, asked));
         answer.filter(|_| !is_it(asked))
     });
-    let mut run =
-        regfs(["gc", "--registry", &server.url()]).arg(registry.store()).args(TIMES).spawn().unwrap();
-    let count = || uploads(registry).len();
+    let mut run = regfs(["gc", "--registry", &server.url()]).arg(store).args(TIMES).spawn().unwrap();
     wait_for("the run to get there", Duration::from_secs(60), || {
-        (server.asked().iter().any(is_it) && count() == 1).then_some(())
+        (server.asked().iter().any(is_it) && uploads(store).len() == 1).then_some(())
     });
     run.kill().unwrap();
     run.wait().unwrap();
@@ -160,83 +180,84 @@ fn killed_when(registry: &Registry, is_it: fn(&Asked) -> bool, is_done: bool) {
 
 #[test]
 fn what_a_killed_run_left_is_removed_by_the_next() {
-    if !have(NEEDS) {
-        return;
-    }
-    let registry = registry();
-    let url = local(registry.port());
-    let is_cancel = |asked: &Asked| asked.method == "DELETE" && asked.target.contains("uploads");
-    let is_begin = |asked: &Asked| asked.method == "POST";
+    let dir = sample();
+    let store = dir.path().join("store");
+    let root = store.clone();
+    let server = Server::start(move |asked| Some(registry_on(&root, asked)));
+    let next = || {
+        let report = step_with(&store, &["--registry", &server.url()]);
+        assert_eq!(report.gate, "probe", "{}", report.gate_reason);
+    };
+    next();
+    assert_nothing_left(&store, "after a run that nobody killed");
 
-    killed_when(&registry, is_cancel, false);
-    assert_eq!(uploads(&registry).len(), 1);
-    step_with(&registry.store(), &["--registry", &url]);
-    assert_nothing_left(&registry, "after a kill before the end of the upload");
+    killed_when(&store, |asked| asked.method == "DELETE" && asked.target.contains("uploads"), false);
+    assert_eq!(uploads(&store).len(), 1);
+    next();
+    assert_nothing_left(&store, "after a kill before the end of the upload");
 
     // Nobody knows the name of this one, so it has to be at rest for a while.
-    killed_when(&registry, is_begin, true);
-    step_with(&registry.store(), &["--registry", &url]);
-    assert_eq!(uploads(&registry).len(), 1, "it may be anybody's");
+    killed_when(&store, |asked| asked.method == "POST", true);
+    let ours = uploads(&store)[0].clone();
+    next();
+    assert_eq!(uploads(&store), std::slice::from_ref(&ours), "it may be anybody's");
     let past = SystemTime::now() - Duration::from_secs(100);
-    let started = uploads(&registry)[0].join("startedat");
-    fs::File::options().write(true).open(started).unwrap().set_modified(past).unwrap();
-    let note = entries(&probes(&registry)).pop().unwrap();
+    let age = |upload: &Path| {
+        let started = fs::File::options().write(true).open(upload.join("startedat")).unwrap();
+        started.set_modified(past).unwrap();
+    };
+    age(&ours);
+    let note = entries(&probes(&store)).pop().unwrap();
     let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&note).unwrap()).unwrap();
     let began = json["began"]["secs_since_epoch"].as_u64().unwrap();
     json["began"]["secs_since_epoch"] = (began - 100).into();
     fs::write(&note, json.to_string()).unwrap();
-    // A client's, of the same moment, with a byte in it; and one of today.
-    let begin = || {
-        let answer = registry.api("POST", "app/blobs/uploads/", &[], &[]).is(202);
-        answer.header("docker-upload-uuid").unwrap().to_string()
-    };
-    let busy = registry.store().join("docker/registry/v2/repositories/app/_uploads").join(begin());
-    fs::write(busy.join("data"), "x").unwrap();
-    fs::File::options().write(true).open(busy.join("startedat")).unwrap().set_modified(past).unwrap();
-    let young = busy.with_file_name(begin());
-    step_with(&registry.store(), &["--registry", &url]);
-    let mut left = uploads(&registry);
+    // Those of clients: of the same moment, with a byte in it; of today; of another day.
+    let others = ["busy", "young", "older"].map(|name| ours.with_file_name(name));
+    for other in &others {
+        fs::create_dir(other).unwrap();
+        fs::write(other.join("startedat"), "").unwrap();
+        fs::write(other.join("data"), if other.ends_with("busy") { "x" } else { "" }).unwrap();
+    }
+    age(&others[0]);
+    let older = fs::File::options().write(true).open(others[2].join("startedat")).unwrap();
+    older.set_modified(past - Duration::from_secs(100)).unwrap();
+    next();
+    let mut left: Vec<_> = others.to_vec();
     left.sort_unstable();
-    let mut wanted = vec![busy, young];
-    wanted.sort_unstable();
-    assert_eq!(left, wanted);
-    assert!(!probes(&registry).exists());
+    assert_eq!(uploads(&store), left);
+    assert!(!probes(&store).exists());
 }
 
-/// A registry that is content with any token, and says where to get one.
-fn with_tokens(registry: &mut Registry, realm: &str) {
-    let auth = format!("auth: {{silly: {{realm: '{realm}', service: 'a service & more'}}}}\n");
-    registry.change_config_until(&|text| text.split("auth:").next().unwrap().to_string() + &auth, &listens);
-}
+const BASIC: &str = "Basic am9lOnNlY3JldA==";
 
 fn token_service() -> Server {
-    Server::start(|_| {
-        let mut answer = Answer::status(200);
-        answer.body = br#"{"token": "t0"}"#.to_vec();
-        Some(answer)
+    Server::start(|_| Some(Answer { body: br#"{"token": "t0"}"#.to_vec(), ..Answer::status(200) }))
+}
+
+/// One that answers whoever shows the token that is to be had at `realm`.
+fn with_tokens(store: &Path, realm: String) -> Server {
+    let store = store.to_path_buf();
+    Server::start(move |asked| match asked.header("authorization") {
+        Some("Bearer t0") => Some(registry_on(&store, asked)),
+        _ => {
+            let wanted = format!("Bearer realm=\"{realm}\",service=\"a service & more\"");
+            Some(Answer::status(401).with("WWW-Authenticate", wanted))
+        }
     })
 }
 
 #[test]
 fn a_token_service_gets_credentials_if_it_is_on_the_host_or_was_named() {
-    if !have(NEEDS) {
-        return;
-    }
-    const BASIC: &str = "Basic am9lOnNlY3JldA==";
-    let mut registry = registry();
-    let file = auth(&registry, "joe:secret\n");
+    let dir = sample();
+    let store = dir.path().join("store");
+    let file = auth(dir.path(), "joe:secret\n");
     let service = token_service();
-    with_tokens(&mut registry, &format!("{}/token?a=b", service.url()));
-
-    // The process says where it answers: it is asked, and nobody says who we are.
-    step_with(&registry.store(), &["--registry-auth", &file]);
-    assert!(!service.asked().is_empty());
-    assert_eq!(service.authorizations(), Vec::<String>::new());
-    // What the administrator says.
-    let report = step_with(&registry.config(), &["--registry-auth", &file]);
+    let registry = with_tokens(&store, format!("{}/token?a=b", service.url()));
+    let report = step_with(&store, &["--registry", &registry.url(), "--registry-auth", &file]);
     assert_eq!(report.gate, "probe", "{}", report.gate_reason);
     assert_eq!(service.authorizations(), [BASIC]);
-    let url = local(registry.port());
+    assert_eq!(registry.authorizations(), ["Bearer t0"], "the password is for the service");
     let asked = service.asked();
     let target = &asked.last().unwrap().target;
     assert!(
@@ -247,44 +268,55 @@ fn a_token_service_gets_credentials_if_it_is_on_the_host_or_was_named() {
     // The same machine by another name is another host.
     let service = token_service();
     let realm = format!("http://localhost:{}", service.port);
-    with_tokens(&mut registry, &format!("{realm}/token"));
-    let report = step_with(&registry.store(), &["--registry", &url, "--registry-auth", &file]);
+    let registry = with_tokens(&store, format!("{realm}/token"));
+    let url = registry.url();
+    let report = step_with(&store, &["--registry", &url, "--registry-auth", &file]);
     assert_held(&report, &format!("realm {realm}"));
     assert!(service.asked().is_empty());
-    let named = auth(&registry, &format!("joe:secret\nrealm {realm}\n"));
-    let report = step_with(&registry.store(), &["--registry", &url, "--registry-auth", &named]);
+    // By the line that the message proposes, or by the config.yml given as STORE.
+    let named = auth(dir.path(), &format!("joe:secret\nrealm {realm}\n"));
+    let report = step_with(&store, &["--registry", &url, "--registry-auth", &named]);
     assert_eq!(report.gate, "probe", "{}", report.gate_reason);
     assert_eq!(service.authorizations(), [BASIC]);
+    let config = dir.path().join("config.yml");
+    let text = format!(
+        "storage: {{filesystem: {{rootdirectory: {}}}, cache: {{blobdescriptor: inmemory}}, delete: {{enabled: true}}}}\n\
+         http: {{addr: '127.0.0.1:{}'}}\nauth: {{token: {{realm: '{realm}/token'}}}}\n",
+        store.to_str().unwrap(),
+        registry.port
+    );
+    fs::write(&config, text).unwrap();
+    let report = step_with(&config, &["--registry-auth", &file]);
+    assert_eq!(report.gate, "probe", "{}", report.gate_reason);
 }
 
 #[test]
 fn a_password_is_shown_to_who_asks_for_it_and_follows_no_redirect() {
-    if !have(NEEDS) {
-        return;
-    }
-    let registry = registry();
-    let port = registry.port();
-    let file = auth(&registry, "joe:secret\n");
+    let dir = sample();
+    let store = dir.path().join("store");
+    let file = auth(dir.path(), "joe:secret\n");
+    let root = store.clone();
     let asks = Server::start(move |asked| match asked.header("authorization") {
-        Some("Basic am9lOnNlY3JldA==") => Some(asked.forwarded(port)),
+        Some(BASIC) => Some(registry_on(&root, asked)),
         _ => Some(Answer::status(401).with("WWW-Authenticate", "Basic realm=\"x\"")),
     });
-    let words = ["--registry", &asks.url(), "--registry-auth", &file];
-    let report = step_with(&registry.store(), &words);
+    let report = step_with(&store, &["--registry", &asks.url(), "--registry-auth", &file]);
     assert_eq!(report.gate, "probe", "{}", report.gate_reason);
     assert_eq!(asks.asked()[0].header("authorization"), None);
+    assert_held(&step_with(&store, &["--registry", &asks.url()]), "--registry-auth");
 
-    let elsewhere = Server::before(port);
-    let to = elsewhere.url();
+    let root = store.clone();
+    let open = Server::start(move |asked| Some(registry_on(&root, asked)));
+    let to = open.url();
     let sends_away = Server::start(move |asked| {
         Some(Answer::status(307).with("Location", format!("{to}{}", asked.target)))
     });
-    let report = step_with(&registry.store(), &["--registry", &sends_away.url(), "--registry-auth", &file]);
+    let report = step_with(&store, &["--registry", &sends_away.url(), "--registry-auth", &file]);
     assert_held(&report, "sends us elsewhere");
-    assert!(elsewhere.asked().is_empty());
+    assert!(open.asked().is_empty());
     // One that does not ask sees nothing, either.
-    let open = Server::before(port);
-    step_with(&registry.store(), &["--registry", &open.url(), "--registry-auth", &file]);
+    let report = step_with(&store, &["--registry", &open.url(), "--registry-auth", &file]);
+    assert_eq!(report.gate, "probe", "{}", report.gate_reason);
     assert_eq!(open.authorizations(), Vec::<String>::new());
 }
 

@@ -1,11 +1,14 @@
 //! A little HTTP server on 127.0.0.1 that does what a test says, and keeps what it was asked.
 
+use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::entries;
 use super::http::request;
 
 /// What it was asked.
@@ -155,4 +158,34 @@ fn serve(
         body.len()
     )?;
     stream.write_all(&body)
+}
+
+/// As much of a registry as is asked by a collector: it has all blobs, remembers none that it is told to forget, and begins
+/// and ends uploads in a storage as a registry of the 2.x series does.
+pub(crate) fn registry_on(store: &Path, asked: &Asked) -> Answer {
+    let path = asked.target.split('?').next().unwrap_or_default();
+    let Some(below) = path.strip_prefix("/v2/") else { return Answer::status(404) };
+    let (repository, upload) = below.split_once("/blobs/uploads/").unwrap_or((below, ""));
+    let uploads = store.join("docker/registry/v2/repositories").join(repository).join("_uploads");
+    match (asked.method.as_str(), below) {
+        ("GET", "") | ("HEAD", _) => Answer::status(200),
+        ("POST", _) => {
+            let name = format!("{:08x}-fake", entries(&uploads).len());
+            let upload = uploads.join(&name);
+            fs::create_dir_all(upload.join("hashstates/sha256")).unwrap();
+            for file in ["startedat", "data", "hashstates/sha256/0"] {
+                fs::write(upload.join(file), "").unwrap();
+            }
+            let location =
+                format!("https://hub.example/v2/x/v2/{repository}/blobs/uploads/{name}?_state=a%3D");
+            Answer::status(202).with("Location", location).with("Docker-Upload-UUID", name)
+        }
+        ("DELETE", _) if !upload.is_empty() && asked.target.ends_with("?_state=a%3D") => {
+            for file in ["startedat", "data"] {
+                fs::remove_file(uploads.join(upload).join(file)).unwrap();
+            }
+            Answer::status(204)
+        }
+        _ => Answer::status(404),
+    }
 }
