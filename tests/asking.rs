@@ -16,6 +16,8 @@ use common::registry::Registry;
 use common::run::{Bounded, Outcome, clean, regfs};
 use common::server::{Answer, Asked, Server, registry_on};
 use common::{entries, have, wait_for};
+use regfs::gc::guard::gate::Registries;
+use regfs::registries::http::{Access, Client, Credentials, Place};
 use tempfile::TempDir;
 
 const NEEDS: &[&str] = &["docker-registry", "setpriv"];
@@ -44,6 +46,17 @@ fn sample() -> TempDir {
         fs::remove_dir_all(upload).unwrap();
     }
     dir
+}
+
+/// Takes a step as if no registry had been seen before: here they come and go.
+fn step(store: &Path, words: &[&str]) -> Report {
+    let root = match store.is_dir() {
+        true => store.to_path_buf(),
+        false => store.with_file_name("store"),
+    };
+    // Where none was seen, there is none.
+    let _ = fs::remove_file(root.join("docker/registry/v2/.regfs/registries.json"));
+    step_with(store, words)
 }
 
 /// The uploads in all repositories.
@@ -119,7 +132,7 @@ fn a_registry_is_asked_wherever_it_answers_and_nothing_is_left_there() {
                 false => local(registry.port()) + below,
             };
             let words = if below.is_empty() { vec![] } else { vec!["--registry", &named] };
-            let report = step_with(&registry.config(), &words);
+            let report = step(&registry.config(), &words);
             assert_eq!(report.gate, "probe", "{more}{address} {words:?}: {}", report.gate_reason);
             assert_nothing_left(&registry.store(), &format!("{more}{address} {words:?}"));
         }
@@ -146,21 +159,21 @@ fn one_registry_by_two_names_does_not_stand_for_two() {
     ];
     // Alone it may be called what one likes.
     for other in &others {
-        let report = step_with(&registry.store(), &["--registry", &format!("{one},{other}")]);
+        let report = step(&registry.store(), &["--registry", &format!("{one},{other}")]);
         assert_eq!(report.gate, "probe", "{other}: {}", report.gate_reason);
     }
     let second = registry.another();
     for other in &others {
-        let report = step_with(&registry.store(), &["--registry", &format!("{one},{other}")]);
+        let report = step(&registry.store(), &["--registry", &format!("{one},{other}")]);
         assert_held(&report, "name each");
         assert!(report.gate_reason.contains(&format!("process {} ", second.pid())), "{}", report.gate_reason);
         let both = format!("{other},{}", local(second.port()));
-        let report = step_with(&registry.store(), &["--registry", &both]);
+        let report = step(&registry.store(), &["--registry", &both]);
         assert_eq!(report.gate, "probe", "{both}: {}", report.gate_reason);
     }
     // As many names as processes, and all of them lead elsewhere.
     let all = [local(second.port()), Server::before(second.port()).url()].join(",");
-    assert_held(&step_with(&registry.store(), &["--registry", &all]), "name each");
+    assert_held(&step(&registry.store(), &["--registry", &all]), "name each");
 }
 
 /// Kills a run that waits for the answer to what `is_it` says, which the registry did or did not do.
@@ -170,6 +183,7 @@ fn killed_when(store: &Path, is_it: fn(&Asked) -> bool, is_done: bool) {
         let answer = (is_done || !is_it(asked)).then(|| registry_on(&root, asked));
         answer.filter(|_| !is_it(asked))
     });
+    let _ = fs::remove_file(store.join("docker/registry/v2/.regfs/registries.json"));
     let mut run = regfs(["gc", "--registry", &server.url()]).arg(store).args(TIMES).spawn().unwrap();
     wait_for("the run to get there", Duration::from_secs(60), || {
         (server.asked().iter().any(is_it) && uploads(store).len() == 1).then_some(())
@@ -185,7 +199,7 @@ fn what_a_killed_run_left_is_removed_by_the_next() {
     let root = store.clone();
     let server = Server::start(move |asked| Some(registry_on(&root, asked)));
     let next = || {
-        let report = step_with(&store, &["--registry", &server.url()]);
+        let report = step(&store, &["--registry", &server.url()]);
         assert_eq!(report.gate, "probe", "{}", report.gate_reason);
     };
     next();
@@ -229,6 +243,7 @@ fn what_a_killed_run_left_is_removed_by_the_next() {
     assert!(!probes(&store).exists());
 }
 
+const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 const BASIC: &str = "Basic am9lOnNlY3JldA==";
 
 fn token_service() -> Server {
@@ -254,7 +269,7 @@ fn a_token_service_gets_credentials_if_it_is_on_the_host_or_was_named() {
     let file = auth(dir.path(), "joe:secret\n");
     let service = token_service();
     let registry = with_tokens(&store, format!("{}/token?a=b", service.url()));
-    let report = step_with(&store, &["--registry", &registry.url(), "--registry-auth", &file]);
+    let report = step(&store, &["--registry", &registry.url(), "--registry-auth", &file]);
     assert_eq!(report.gate, "probe", "{}", report.gate_reason);
     assert_eq!(service.authorizations(), [BASIC]);
     assert_eq!(registry.authorizations(), ["Bearer t0"], "the password is for the service");
@@ -270,12 +285,12 @@ fn a_token_service_gets_credentials_if_it_is_on_the_host_or_was_named() {
     let realm = format!("http://localhost:{}", service.port);
     let registry = with_tokens(&store, format!("{realm}/token"));
     let url = registry.url();
-    let report = step_with(&store, &["--registry", &url, "--registry-auth", &file]);
+    let report = step(&store, &["--registry", &url, "--registry-auth", &file]);
     assert_held(&report, &format!("realm {realm}"));
     assert!(service.asked().is_empty());
     // By the line that the message proposes, or by the config.yml given as STORE.
     let named = auth(dir.path(), &format!("joe:secret\nrealm {realm}\n"));
-    let report = step_with(&store, &["--registry", &url, "--registry-auth", &named]);
+    let report = step(&store, &["--registry", &url, "--registry-auth", &named]);
     assert_eq!(report.gate, "probe", "{}", report.gate_reason);
     assert_eq!(service.authorizations(), [BASIC]);
     let config = dir.path().join("config.yml");
@@ -286,7 +301,7 @@ fn a_token_service_gets_credentials_if_it_is_on_the_host_or_was_named() {
         registry.port
     );
     fs::write(&config, text).unwrap();
-    let report = step_with(&config, &["--registry-auth", &file]);
+    let report = step(&config, &["--registry-auth", &file]);
     assert_eq!(report.gate, "probe", "{}", report.gate_reason);
 }
 
@@ -300,10 +315,10 @@ fn a_password_is_shown_to_who_asks_for_it_and_follows_no_redirect() {
         Some(BASIC) => Some(registry_on(&root, asked)),
         _ => Some(Answer::status(401).with("WWW-Authenticate", "Basic realm=\"x\"")),
     });
-    let report = step_with(&store, &["--registry", &asks.url(), "--registry-auth", &file]);
+    let report = step(&store, &["--registry", &asks.url(), "--registry-auth", &file]);
     assert_eq!(report.gate, "probe", "{}", report.gate_reason);
     assert_eq!(asks.asked()[0].header("authorization"), None);
-    assert_held(&step_with(&store, &["--registry", &asks.url()]), "--registry-auth");
+    assert_held(&step(&store, &["--registry", &asks.url()]), "--registry-auth");
 
     let root = store.clone();
     let open = Server::start(move |asked| Some(registry_on(&root, asked)));
@@ -311,13 +326,35 @@ fn a_password_is_shown_to_who_asks_for_it_and_follows_no_redirect() {
     let sends_away = Server::start(move |asked| {
         Some(Answer::status(307).with("Location", format!("{to}{}", asked.target)))
     });
-    let report = step_with(&store, &["--registry", &sends_away.url(), "--registry-auth", &file]);
+    let report = step(&store, &["--registry", &sends_away.url(), "--registry-auth", &file]);
     assert_held(&report, "sends us elsewhere");
     assert!(open.asked().is_empty());
     // One that does not ask sees nothing, either.
-    let report = step_with(&store, &["--registry", &open.url(), "--registry-auth", &file]);
+    let report = step(&store, &["--registry", &open.url(), "--registry-auth", &file]);
     assert_eq!(report.gate, "probe", "{}", report.gate_reason);
     assert_eq!(open.authorizations(), Vec::<String>::new());
+}
+
+/// Where a process says that it answers may be anybody.
+#[test]
+fn what_a_process_says_gets_no_credentials() {
+    let credentials = Credentials::Basic { user: "joe".into(), password: "secret".into() };
+    let access = Access { credentials, ..Access::default() };
+    let ask = |url: &str, is_named: bool| {
+        let client = Client::new(&[Place::new(url, is_named)], &access, Vec::new());
+        client.check().and_then(|()| client.remembers(Path::new("app"), &DIGEST.parse().unwrap()))
+    };
+    let basic =
+        Server::start(|_| Some(Answer::status(401).with("WWW-Authenticate", "Basic realm=\"harbor\"")));
+    let service = token_service();
+    let bearer = with_tokens(Path::new("/nowhere"), service.url());
+    ask(&basic.url(), false).unwrap_err();
+    assert_eq!(basic.authorizations(), Vec::<String>::new());
+    ask(&bearer.url(), false).unwrap();
+    assert_eq!(service.authorizations(), Vec::<String>::new());
+    ask(&basic.url(), true).unwrap_err();
+    ask(&bearer.url(), true).unwrap();
+    assert_eq!([basic.authorizations(), service.authorizations()].concat(), [BASIC, BASIC]);
 }
 
 /// Makes files with a certificate and its key; `words` go to `openssl req -x509`.
@@ -380,17 +417,17 @@ fn certificates_are_believed_that_were_named_and_what_is_wrong_with_others_is_sa
     for (served, believed, says) in cases {
         registry.change_config_until(&|_| plain.clone(), &listens);
         with_tls(&mut registry, served);
-        let report = step_with(&registry.config(), &["--registry-ca", &believed.0]);
+        let report = step(&registry.config(), &["--registry-ca", &believed.0]);
         match says {
             None => assert_eq!(report.gate, "probe", "{}: {}", served.0, report.gate_reason),
             Some(says) => assert_held(&report, says),
         }
     }
     let url = local(registry.port());
-    assert_held(&step_with(&registry.store(), &["--registry", &url]), "write https://");
+    assert_held(&step(&registry.store(), &["--registry", &url]), "write https://");
     registry.change_config_until(&|_| plain.clone(), &listens);
     let url = url.replace("http:", "https:");
-    assert_held(&step_with(&registry.store(), &["--registry", &url]), "write http://");
+    assert_held(&step(&registry.store(), &["--registry", &url]), "write http://");
 
     let run = |file: &str| -> Outcome {
         regfs(["gc", "--dry-run", "--registry-ca", file]).arg(registry.store()).outcome()
