@@ -71,7 +71,8 @@ impl Cache {
                 let at = if is_of_version_3() {
                     format!("addrs: ['{address}']")
                 } else {
-                    format!("addr: '{address}'")
+                    // Without a pool it makes a connection for each command, and a storm runs out of ports.
+                    format!("addr: '{address}', pool: {{maxidle: 16, idletimeout: 60s}}")
                 };
                 let password =
                     password.map_or_else(String::new, |password| format!(", password: '{password}'"));
