@@ -17,6 +17,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use crate::advice::Advice;
 use crate::catalog::intern::{DigestId, NameId};
 use crate::catalog::update::rescan;
 use crate::catalog::{Catalog, Effect, Keeps, Parsed, Repository, Tag};
@@ -189,9 +190,9 @@ pub fn take(
                 // What a push wrote meanwhile is newer; ours stays in the trash.
                 Err(Error::Exists { .. }) => log::info!("{} was written again meanwhile", path.printable()),
                 Err(e) => log::error!(
-                    "could not put back {}: {e}; run `regfs trash undo {}`",
+                    "could not put back {}: {e}; run {}",
                     path.printable(),
-                    transaction.id()
+                    Advice::Undo(transaction.id().to_string())
                 ),
             }
         }

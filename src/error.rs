@@ -2,6 +2,7 @@
 //!
 //! A message says what we were doing, to which path, why it failed, and the next step where there is one.
 
+use crate::advice::Advice;
 use crate::printable::Printable;
 use std::fmt;
 use std::io;
@@ -181,9 +182,10 @@ impl fmt::Display for Error {
                         " (blobs, repositories and .regfs must lie on one filesystem: things are taken out by rename)",
                     ),
                     Some(libc::EACCES) => f.write_str(" (run regfs as root or as the registry's user)"),
-                    Some(libc::ENOSPC | libc::EDQUOT) => f.write_str(
-                        " (the disk is full: `regfs trash <store> purge` frees what is in the trash, else free some space)",
-                    ),
+                    Some(libc::ENOSPC | libc::EDQUOT) => {
+                        let purge = Advice::PurgeAll;
+                        write!(f, " (the disk is full: {purge}  frees what is in the trash, else free some space)")
+                    }
                     _ => Ok(()),
                 }
             }

@@ -95,7 +95,7 @@ impl Known {
             true => Witness::default(),
             false => Witness(Some(Arc::new(Stillness::new(self.clone(), said, seen.relied_on.clone())))),
         };
-        let refused = |why: String| Error::invalid(format!("registry-stopped was said, but {why}"));
+        let refused = |why: String| Error::invalid(format!("{{+registry-stopped}} was said, but {why}"));
         let memories = match whom::memories(seen) {
             Err(why) if !said.is_emptied() => return Err(refused(why)),
             memories => memories.unwrap_or_default(),
@@ -231,8 +231,8 @@ impl Known {
         let by_themselves = seen.running.iter().filter(|process| process.facts().outlives.is_none());
         let client = Client::new(places, access, by_themselves.map(process).collect());
         let next = match self.named.is_empty() {
-            true => "give the registry's URL with --registry, or stop it and say registry-stopped",
-            false => "mend that, or stop the registry and say registry-stopped",
+            true => "give the registry's URL with --registry, or stop it and add {+registry-stopped}",
+            false => "mend that, or stop the registry and add {+registry-stopped}",
         };
         client.check().map_err(|e| format!("{e}; {next}"))?;
         Ok(client)
@@ -278,7 +278,7 @@ impl Known {
 
 /// What to do about a redis that can't be asked.
 const NEXT_FOR_REDIS: &str = "mend that, or give the address as it is seen from here with --redis redis://HOST:PORT/DB; or stop \
-                              the registry, empty its cache, and add --registry-stopped --cache-emptied";
+                              the registry, empty its cache, and add {+registry-stopped} {+cache-emptied}";
 
 /// No registry runs, and what they remember outlives them.
 struct Outlived {

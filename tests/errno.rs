@@ -377,6 +377,9 @@ Each cell is what the owner of the mount gets; `tests/errno.rs` tries them all o
 - `EBUSY`: an index that stays holds the manifest (remove the index's tag first), another regfs is changing the store,
   an upload is younger than the grace period, or a sweep is wanted of a mount that was unmounted while somebody is inside.
 - `EAGAIN`: a push moved the tag at the same moment. Nothing was changed; look again.
+- `EAGAIN` of a write to `control/gc` or `control/trash`: the sweep was held back (by a registry, or because a rule would remove
+  most manifests), or a purge left something of what was asked for. The file says why.
+- `EPERM` of any change: a GitLab registry or a Harbor keeps the tags in its database. `control/log` says what to do instead.
 - `ENOENT` for a symlink that names a tag or an image that is not there, `EINVAL` for one that can name none. `EINVAL` of `mv` and
   `mkdir`: no name for a repository (`mv` then speaks of a subdirectory of itself); `control/log` has the reason. `ENOTEMPTY` and
   `EBUSY` of `mv`: there is a repository of that name, or a push in progress. `EINVAL` of a write to a

@@ -13,6 +13,7 @@ use crate::digest::{Algorithm, Digest};
 use crate::error::Result;
 use crate::gc::forget;
 use crate::gc::guard::gate::Registries;
+use crate::keeper::Change;
 use crate::layout;
 use crate::printable::Printable;
 use crate::trash::Author;
@@ -35,7 +36,7 @@ pub(super) enum Forget {
 impl Engine {
     /// Makes registries forget links that came without bytes: whoever is told "exists" would push an image without them.
     pub(super) fn forget_dangling(&self, changes: &Changes) {
-        if self.settings.read_only || self.is_retired() {
+        if self.settings.read_only || self.keeper().allows(Change::Garbage).is_err() || self.is_retired() {
             return;
         }
         for (repository, digest) in &changes.links {

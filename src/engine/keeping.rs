@@ -1,11 +1,15 @@
 //! Whether what is about to be changed through the mount is ours to change: see [`crate::keeper`].
 
+use std::ffi::OsStr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::{Engine, LOCK_WAIT, locked};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::keeper::{Change, Keeper};
+use crate::printable::Printable;
 use crate::trash::Author;
+use crate::view::node::Node;
 
 /// How long what configurations say is believed; lock files are looked at each time.
 const FRESH: Duration = Duration::from_secs(5);
@@ -22,6 +26,34 @@ impl Engine {
                 keeper
             }
         }
+    }
+
+    /// Fails where the whole view is read-only.
+    pub(super) fn check_writable(&self) -> Result<()> {
+        match self.settings.read_only {
+            true => Err(Error::ReadOnly),
+            false => Ok(()),
+        }
+    }
+
+    /// The error of something that was refused before it began, with a line in `control/log` that says why. A name that is
+    /// not there is no refusal.
+    pub(super) fn refused(
+        &self,
+        author: &Author,
+        action: &str,
+        parent: Node,
+        name: &OsStr,
+        error: Error,
+    ) -> Error {
+        if !matches!(error, Error::NotFound { .. }) {
+            let snapshot = self.snapshot();
+            let directory = self.view(&snapshot).namespace(parent);
+            let path =
+                directory.map_or_else(|| name.into(), |path| Path::new("images").join(path).join(name));
+            self.note(author, action, &path.printable().to_string(), &error.to_string());
+        }
+        error
     }
 
     /// Takes the lock of the store to change tags, manifests, uploads or repositories.

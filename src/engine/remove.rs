@@ -46,12 +46,10 @@ enum Target {
 impl Engine {
     /// Removes the name of a file or a symlink.
     pub fn unlink(self: &Arc<Engine>, parent: Node, name: &OsStr, author: &Author) -> Result<()> {
-        if self.settings.read_only {
-            return Err(Error::ReadOnly);
-        }
-        let Some((repository, target, path)) = self.target(parent, name)? else {
-            return Err(refusal(parent));
-        };
+        let refused = |e| self.refused(author, "rm", parent, name, e);
+        self.check_writable().map_err(refused)?;
+        let target = self.target(parent, name).map_err(refused)?;
+        let (repository, target, path) = target.ok_or_else(|| refused(refusal(parent)))?;
         let remove = || {
             self.change(&repository, author, |changing, catalog, found| match target {
                 Target::Upload(upload) => {
@@ -81,9 +79,8 @@ impl Engine {
 
     /// Removes an empty directory; of a repository, what is left of it.
     pub fn rmdir(&self, parent: Node, name: &OsStr, author: &Author) -> Result<()> {
-        if self.settings.read_only {
-            return Err(Error::ReadOnly);
-        }
+        let refused = |e| self.refused(author, "rmdir", parent, name, e);
+        self.check_writable().map_err(refused)?;
         let snapshot = self.snapshot();
         let view = self.view(&snapshot);
         let Some(node) = view.lookup(parent, name)? else {
@@ -100,7 +97,7 @@ impl Engine {
                 });
                 match is_empty {
                     true => Ok(()),
-                    false => Err(Error::NotEmpty { what: name.printable().to_string() }),
+                    false => Err(refused(Error::NotEmpty { what: name.printable().to_string() })),
                 }
             }
             Node::Namespace(path) => {
@@ -109,7 +106,7 @@ impl Engine {
                 let path = snapshot.path(path).ok_or_else(missing)?;
                 let shown = format!("images/{}", path.printable());
                 let mut changing = locked(&self.changing);
-                let _lock = self.lock_for_change(author)?;
+                let _lock = self.lock_for_change(author).map_err(refused)?;
                 let current = self.current();
                 let mut begin = || self.transaction(&mut changing, author, &shown);
                 let result = edit::take_repository(&*self.store, &current.catalog, &path, &mut begin);
@@ -119,7 +116,7 @@ impl Engine {
                 });
                 self.note_result(author, "rmdir", &shown, result)
             }
-            _ => Err(refusal(parent)),
+            _ => Err(refused(refusal(parent))),
         }
     }
 

@@ -36,7 +36,7 @@ struct Place {
 impl Engine {
     /// Makes a tag: a symlink whose text ends in `sha256/<hex>`, or names another tag or an image.
     pub fn symlink(&self, parent: Node, name: &OsStr, text: &Path, author: &Author) -> Result<()> {
-        let place = self.place(parent, name)?;
+        let place = self.place(parent, name).map_err(|e| self.refused(author, "tag", parent, name, e))?;
         let named = images_named(text, &place.directory);
         let repositories = named.iter().map(|image| &image.repository).chain([&place.repository]);
         let result = place.check().and_then(|()| {
@@ -62,10 +62,13 @@ impl Engine {
         may_replace: bool,
         author: &Author,
     ) -> Result<()> {
-        if let Some(directory) = self.directory_at(from.0, from.1)? {
+        let refused = |e| self.refused(author, "mv", from.0, from.1, e);
+        if let Some(directory) = self.directory_at(from.0, from.1).map_err(refused)? {
             return self.move_directory(&directory, to, may_replace, author);
         }
-        let (from, to) = (self.place(from.0, from.1)?, self.place(to.0, to.1)?);
+        let from_place = self.place(from.0, from.1).map_err(refused)?;
+        let to = self.place(to.0, to.1).map_err(refused)?;
+        let from = from_place;
         let path = format!("{} → {}", from.path, to.path);
         let result = to.check().and_then(|()| {
             self.edit_tags(&[&from.repository, &to.repository], author, |catalog| {
@@ -106,14 +109,13 @@ impl Engine {
 
     /// Makes a directory below `images`, for the tags of a repository that is to be.
     pub fn mkdir(&self, parent: Node, name: &OsStr, author: &Author) -> Result<()> {
-        if self.settings.read_only {
-            return Err(Error::ReadOnly);
-        }
+        let refused = |e| self.refused(author, "mkdir", parent, name, e);
+        self.check_writable().map_err(refused)?;
         let snapshot = self.snapshot();
         let view = self.view(&snapshot);
-        let path = view.namespace(parent).ok_or(Error::ReadOnly)?.join(name);
+        let path = view.namespace(parent).ok_or_else(|| refused(Error::ReadOnly))?.join(name);
         if view.lookup(parent, name)?.is_some() {
-            return Err(Error::Exists { path });
+            return Err(refused(Error::Exists { path }));
         }
         let shown = format!("images/{}", path.printable());
         let result = self.make_namespace(&path, author).map(|()| "made".to_string());

@@ -166,7 +166,10 @@ fn clear_mountpoint(options: &MountOptions) -> Result<bool> {
         }
         Err(e) => Err(Error::io("mount on", mountpoint, e)),
         Ok(_) if is_ours && options.replace && !rustix::process::geteuid().is_root() => {
-            Err(Error::invalid("only root can replace a mount; unmount it first: regfs umount"))
+            Err(Error::invalid(format!(
+                "only root can replace a mount; unmount it first: regfs umount {}",
+                mountpoint.printable()
+            )))
         }
         Ok(_) if is_ours && options.replace => Ok(true),
         Ok(_) if is_ours => Err(Error::Busy {

@@ -19,6 +19,7 @@ use crate::clock::Moment;
 use crate::error::{Error, Result};
 use crate::keeper::Change;
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::Store;
 use crate::store::paced::Paced;
 use crate::trash::{self, Author};
@@ -205,6 +206,10 @@ impl<'a> Collection<'a> {
         let doomed = outliving::purgeable(self.store, &self.options.gate, doomed)?;
         let blobs = purge::blobs_in(self.store, &doomed)?;
         let purged = trash::purge::purge(self.store, &doomed, self.progress)?;
+        purge::say_purged(&purged, &self.author.command);
+        for id in &report.dropped_transactions {
+            log::info!("dropped {} from the trash: its undo needed bytes that are gone", id.printable());
+        }
         report.set_purged(purged, self.options.now);
         let policy = self.policy();
         for blob in blobs {

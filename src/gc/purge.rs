@@ -10,6 +10,7 @@ use crate::digest::Digest;
 use crate::error::{self, Result};
 use crate::keeper::Change;
 use crate::layout;
+use crate::printable::Printable;
 use crate::progress::Unwatched;
 use crate::store::Store;
 use crate::trash::purge::Purged;
@@ -50,8 +51,19 @@ pub fn purge_trash(
     let mut purged = trash::purge::purge(store, &doomed, &Unwatched)?;
     // What was removed is gone, so this belongs into the report of that.
     purged.failures.extend(gate.look_again().err());
+    say_purged(&purged, &author.command);
     purged.kept.extend(kept);
     Ok(Purged { restored, ..purged })
+}
+
+/// What can't be undone is logged by whoever does it.
+pub(super) fn say_purged(purged: &Purged, who: &str) {
+    for id in &purged.transactions {
+        log::info!("purged {} ({})", id.printable(), who.printable());
+    }
+    if purged.bytes > 0 {
+        log::info!("freed {} ({})", bytesize::ByteSize::b(purged.bytes), who.printable());
+    }
 }
 
 /// The blobs in transactions of the trash.

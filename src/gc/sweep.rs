@@ -12,7 +12,7 @@ use super::repair::{self, Repair};
 use super::{Options, Progress, leftovers};
 use crate::catalog::Catalog;
 use crate::catalog::intern::IdSet;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, count};
 use crate::layout;
 use crate::printable::Printable;
 use crate::store::{Stat, Store, Version};
@@ -257,6 +257,11 @@ fn remove_all(
         progress.step(1);
     }
     emptied.remove(store, taken);
+    let is_removed = |at: &&usize| plan.items.get(**at).is_some_and(|item| !item.kind().is_moved());
+    match taken.items.iter().filter(is_removed).count() {
+        0 => {}
+        removed => log::info!("removed {}", count(removed, "empty directory")),
+    }
 }
 
 /// Why a sweep took what it took, for its transaction.

@@ -21,6 +21,7 @@ use std::time::{Duration, SystemTime};
 use super::mark::Mark;
 use super::plan::{Policy, Reason};
 use super::{Options, report};
+use crate::advice::Advice;
 use crate::catalog::intern::DigestId;
 use crate::catalog::{Catalog, Manifest, Parsed};
 use crate::digest::{Algorithm, Digest};
@@ -146,8 +147,9 @@ pub fn find(facts: &Facts<'_>, argument: &str) -> Result<Digest> {
         let link = layout::tag_link(Path::new(name), tag.as_ref());
         Error::invalid(format!(
             "the tag {argument} points nowhere: {} can't be read (a mount says why in reachability/broken; \
-             `regfs gc STORE --repair` mends it if its history tells)",
-            link.printable()
+             {} mends it if its history tells)",
+            link.printable(),
+            Advice::Repair
         ))
     })
 }
@@ -160,9 +162,7 @@ fn not_understood(argument: &str) -> Error {
 }
 
 fn no_repository(name: &str) -> Error {
-    Error::NotFound {
-        what: format!("repository {name:?} in the store (`regfs gc STORE --dry-run` lists them)"),
-    }
+    Error::NotFound { what: format!("repository {name:?} in the store ({} lists them)", Advice::DryRun) }
 }
 
 /// The digest that `text` is or begins; `None` when it looks like something else.

@@ -74,15 +74,15 @@ pub(super) fn judge(seen: &Evidence, said: Said) -> Result<Verdict> {
 fn stopped(seen: &Evidence) -> Result<()> {
     if let Some(process) = seen.running.first() {
         return Err(Error::invalid(format!(
-            "registry-stopped was said, but {process} {}; stop it first, or add --force if it has nothing to do with \
+            "{{+registry-stopped}} was said, but {process} {}; stop it first, or add {{+force}} if it has nothing to do with \
              this storage",
             process.relation()
         )));
     }
     if let Some(why) = &seen.blindness {
         return Err(Error::invalid(format!(
-            "registry-stopped was said, but nobody can tell from here whether a registry runs: {why}; run regfs where all \
-             processes of the machine are seen, as root, or add --force if you are sure"
+            "{{+registry-stopped}} was said, but nobody can tell from here whether a registry runs: {why}; run regfs where all \
+             processes of the machine are seen, as root, or add {{+force}} if you are sure"
         )));
     }
     if let [first, ..] = seen.holders.as_slice() {
@@ -91,7 +91,7 @@ fn stopped(seen: &Evidence) -> Result<()> {
             more => format!(" (and {more} more)"),
         };
         return Err(Error::invalid(format!(
-            "registry-stopped was said, but {first}{more}; end it first, or add --force if it has nothing to do with a registry"
+            "{{+registry-stopped}} was said, but {first}{more}; end it first, or add {{+force}} if it has nothing to do with a registry"
         )));
     }
     Ok(())
@@ -115,7 +115,7 @@ fn read_only(seen: &Evidence) -> Option<Verdict> {
 
 fn proxy(seen: &Evidence) -> Option<Verdict> {
     let why = "a pull-through cache fetches what it lacks, which nobody can tell from a push; to sweep it, stop it and \
-               say registry-stopped";
+               add {+registry-stopped}";
     seen.facts.iter().any(|facts| facts.proxy).then(|| Verdict::Stop(why.to_string()))
 }
 
@@ -145,7 +145,7 @@ fn unnamed(seen: &Evidence) -> Option<Verdict> {
 
 fn no_deletes(seen: &Evidence) -> Option<Verdict> {
     let why = "the registry remembers and does not delete; storage.delete.enabled: true in its config.yml makes it, or stop \
-               it and say registry-stopped";
+               it and add {+registry-stopped}";
     // Redis is told directly.
     let refuses = |facts: &Facts| facts.refuses_delete && facts.outlives.is_none();
     seen.facts.iter().any(refuses).then(|| Verdict::Stop(why.to_string()))

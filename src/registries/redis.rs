@@ -273,7 +273,7 @@ impl Registries for Redis {
             true => Ok(()),
             false => Err(Error::invalid(format!(
                 "the redis at {} remembers nothing of this storage, so it may be another one than the registry's; give the \
-                 right address with --redis, or, if it was emptied since the registry stopped, add --cache-emptied",
+                 right address with --redis, or, if it was emptied since the registry stopped, add {{+cache-emptied}}",
                 self.address
             ))),
         }
@@ -313,7 +313,7 @@ fn descriptor(digest: &Digest) -> String {
 /// A client for what a configuration says; connects to nothing yet. Why there is none completes "the redis at …".
 fn client(config: &RedisConfig) -> std::result::Result<redis::Client, String> {
     let next = "give the address of the server that holds the data with --redis; or stop the registry, empty the cache, and add \
-                --registry-stopped --cache-emptied";
+                {+registry-stopped} {+cache-emptied}";
     let [address] = config.addresses.as_slice() else {
         return Err(format!("is a cluster or a group of sentinels, which regfs does not ask; {next}"));
     };

@@ -95,7 +95,7 @@ fn at<'a>(memories: &'a mut [Memory], redis: &RedisConfig) -> Option<&'a mut Mem
 fn place_of(facts: &Facts) -> Result<Place, String> {
     facts.place.clone().ok_or_else(|| {
         "of a registry that runs nobody can tell where it answers; give its URL with --registry, or stop it and add \
-         --registry-stopped"
+         {+registry-stopped}"
             .to_string()
     })
 }
@@ -103,7 +103,7 @@ fn place_of(facts: &Facts) -> Result<Place, String> {
 impl Outlives {
     /// Why it can't be asked, and what to do.
     fn why_not(&self) -> String {
-        let emptied = "stop the registry, empty that cache, and add --registry-stopped --cache-emptied";
+        let emptied = "stop the registry, empty that cache, and add {+registry-stopped} {+cache-emptied}";
         match self {
             Outlives::Redis(_) => format!(
                 "the registry remembers in redis, also when it is stopped, and nobody knows where that is; give the registry's \

@@ -321,7 +321,7 @@ fn witness<'a>(store: &dyn Store, catalog: &'a Catalog) -> Result<Option<(&'a Re
 
 /// Why nothing goes where nobody said anything.
 pub const UNKNOWN: &str = "nothing tells whether a registry runs and what it remembers; give its config.yml as STORE, or its \
-                           URL with --registry, or stop it and say registry-stopped";
+                           URL with --registry, or stop it and add {+registry-stopped}";
 
 impl fmt::Display for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

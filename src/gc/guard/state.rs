@@ -192,7 +192,7 @@ impl Total {
             State::WaitingForRegistry => match gate {
                 Gate::Probe(_) => format!(
                     "waiting for the registry: {what}{bytes}, which may be a manifest that it remembers: taken by a run while it is \
-                     stopped (registry-stopped)"
+                     stopped ({{+registry-stopped}})"
                 ),
                 _ => format!("waiting for the registry: {what}{bytes}"),
             },
