@@ -55,9 +55,9 @@ pub struct Place {
 impl Place {
     /// A place with its URL as others write it: the API is below `/v2/`, and many write that, too.
     pub fn new(url: &str, is_named: bool) -> Place {
-        let url = url.trim_end_matches('/');
-        let url = url.strip_suffix("/v2").unwrap_or(url).trim_end_matches('/');
-        Place { url: url.to_string(), is_named }
+        let whole = url.trim_end_matches('/');
+        let below = whole.strip_suffix("/v2").filter(|_| !whole.starts_with("unix:"));
+        Place { url: below.unwrap_or(whole).trim_end_matches('/').to_string(), is_named }
     }
 
     /// Each place once; one that was named stays so.
@@ -348,5 +348,20 @@ impl Registries for Client {
 
     fn verify(&self, store: &dyn Store, repository: &Path, witness: Option<&Digest>) -> Result<()> {
         self.verify_all(store, repository, witness)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_counts_once_however_it_is_written_and_stays_named() {
+        let urls = ["http://a:1/v2/", "http://a:1", "http://a:1/reg/v2", "http://a:1/reg/", "unix:/run/v2"];
+        let mut places: Vec<Place> = urls.iter().map(|url| Place::new(url, false)).collect();
+        places.push(Place::new("http://a:1/", true));
+        let distinct = Place::distinct(places);
+        let found: Vec<(&str, bool)> = distinct.iter().map(|p| (p.url.as_str(), p.is_named)).collect();
+        assert_eq!(found, [("http://a:1", true), ("http://a:1/reg", false), ("unix:/run/v2", false)]);
     }
 }
