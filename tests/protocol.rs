@@ -40,7 +40,7 @@ enum Worst {
 }
 
 impl Rule {
-    const ALL: [(Rule, Worst); 13] = [
+    const ALL: [(Rule, Worst); 14] = [
         (Rule::Fence, Worst::Lost),
         (Rule::FenceCheck, Worst::Nothing),
         (Rule::StaysStaged, Worst::Lost),
@@ -53,6 +53,7 @@ impl Rule {
         (Rule::StageLast, Worst::Lost),
         (Rule::LastWait, Worst::Lost),
         (Rule::LastLook, Worst::Lost),
+        (Rule::LastQuestion, Worst::Lost),
         (Rule::Dangling, Worst::Lost),
     ];
 
@@ -74,13 +75,22 @@ impl Rule {
             }
             Rule::LastWait => "the wait before the purge",
             Rule::LastLook => "the last look before the purge",
+            Rule::LastQuestion => "asking redis once more before the purge",
             Rule::Dangling => "taking links without bytes",
         }
     }
 
     /// Whether there is such a step where `object` goes.
     fn applies(self, object: Object, setting: Setting) -> bool {
-        let is_beside = setting != Setting::Stop;
+        let is_beside = !matches!(setting, Setting::Stop | Setting::RedisStop);
+        let is_asked = matches!(setting, Setting::Probe | Setting::Redis);
+        let is_redis = matches!(setting, Setting::Redis | Setting::RedisStop);
+        // The others do not ask what remembers.
+        let is_of_redis =
+            matches!(self, Rule::Fence | Rule::Drain | Rule::Gate | Rule::LastLook | Rule::LastQuestion);
+        if is_redis && !is_of_redis {
+            return false;
+        }
         let has_links = object == Object::Layer && is_beside;
         match self {
             Rule::Fence
@@ -89,9 +99,10 @@ impl Rule {
             | Rule::SecondLook
             | Rule::StageLast
             | Rule::Dangling => has_links,
-            Rule::Drain => is_beside && (object != Object::Child || setting == Setting::Probe),
-            Rule::Gate => setting == Setting::Probe,
-            Rule::DrainFirst | Rule::StaysStaged => has_links && setting == Setting::Probe,
+            Rule::Drain => is_beside && (object != Object::Child || is_asked),
+            Rule::Gate => is_asked || setting == Setting::RedisStop,
+            Rule::LastQuestion => object == Object::Manifest && setting == Setting::Redis,
+            Rule::DrainFirst | Rule::StaysStaged => has_links && is_asked,
             Rule::LookBack | Rule::LastWait | Rule::LastLook => true,
         }
     }
@@ -99,7 +110,8 @@ impl Rule {
     /// What shows it.
     fn model(self, object: Object, setting: Setting) -> Model {
         let model = Model::new(object, setting);
-        let needs_crash = matches!(self, Rule::DrainFirst | Rule::StageLast | Rule::StaysStaged);
+        let needs_crash =
+            matches!(self, Rule::DrainFirst | Rule::StageLast | Rule::StaysStaged | Rule::LastQuestion);
         Model {
             without: Some(self),
             has_sleeper: self == Rule::Dangling,
@@ -242,6 +254,10 @@ const INTRODUCTION: &str = "# Why nothing is lost beside a running registry
 touches its storage and its memory, and looks at every interleaving of one or two of them with a sweep that may be
 killed anywhere, and writes this file (`REGFS_WRITE_DOCS=1 cargo test --test protocol`).
 
+Redis is a memory of all registries that no DELETE and no restart clears: who has the blob, in each repository, and what is
+known of its bytes. It is told and asked directly, members first, and touches no link. A registry remembers a manifest
+before it writes the link, so one that is killed between the two leaves an entry in redis and no link.
+
 A push of an image needs, for each blob, a link that can be read or an entry in the registry's memory, and entries come
 only from links. After the fence, the drain and the gate there is neither. So the first new use of the blob is an upload,
 and its commit writes a link before any image can be accepted. If that commit saw the bytes, it began before they
@@ -269,6 +285,8 @@ What happens at worst when one is left out, and in how many states until then. *
 lacks its link or its bytes for good. *Broken*: it lacks them, acknowledged before the sweep last looked, while the sweep
 goes on with other blobs or waits. *-*: neither, in all the states there are. No word: there is no such step.
 
+With redis the table has those steps only in which it differs.
+
 Two looks are not there against losses: what they find, the last look before the purge finds as well, but that is days
 later. The look right after the bytes moved is for what was acknowledged before, while the sweep may go on for hours with
 other blobs; the look back at the end of a run is for what was acknowledged meanwhile, before the wait that follows.
@@ -286,10 +304,17 @@ fn name(setting: Setting) -> &'static str {
         Setting::Off => "no cache",
         Setting::Probe => "asked",
         Setting::Stop => "stopped",
+        Setting::Redis => "redis",
+        Setting::RedisStop => "redis, stopped",
     }
 }
 
-const ALL: [(Object, Setting); 8] = [
+const ALL: [(Object, Setting); 13] = [
+    (Object::Layer, Setting::Redis),
+    (Object::Layer, Setting::RedisStop),
+    (Object::Manifest, Setting::Redis),
+    (Object::Manifest, Setting::RedisStop),
+    (Object::Child, Setting::Redis),
     (Object::Layer, Setting::Probe),
     (Object::Layer, Setting::Off),
     (Object::Layer, Setting::Stop),
@@ -368,7 +393,7 @@ fn whole(found: &[(Model, Found)]) -> String {
 #[test]
 fn no_interleaving_loses_a_push_and_each_step_that_is_left_out_does() {
     let mut models: Vec<Model> = ALL.map(|(object, setting)| Model::new(object, setting)).into();
-    for setting in [Setting::Probe, Setting::Off] {
+    for setting in [Setting::Redis, Setting::Probe, Setting::Off] {
         models.push(Model { without: None, ..Rule::Dangling.model(Object::Layer, setting) });
     }
     for (rule, _) in Rule::ALL {

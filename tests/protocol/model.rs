@@ -11,6 +11,10 @@ pub(super) enum Setting {
     Off,
     /// A cache, and it is asked.
     Probe,
+    /// A cache in redis: told and asked directly, and it outlives its registry.
+    Redis,
+    /// The same, and the sweep takes everything while the registry is stopped.
+    RedisStop,
     /// A cache, and the sweep takes everything while it is stopped.
     Stop,
 }
@@ -22,6 +26,7 @@ pub(super) enum Event {
     Sweep(Sweep),
     Killed(Sweep),
     Failed(Sweep),
+    RegistryKilled,
 }
 
 impl std::fmt::Display for Event {
@@ -33,6 +38,7 @@ impl std::fmt::Display for Event {
             Event::Sweep(step) => write!(f, "sweep: {step:?}"),
             Event::Killed(step) => write!(f, "the sweep is killed before {step:?}"),
             Event::Failed(step) => write!(f, "sweep: {step:?} fails"),
+            Event::RegistryKilled => write!(f, "the registry is killed, and its clients begin anew"),
         }
     }
 }
@@ -63,6 +69,8 @@ pub(super) enum Rule {
     StageLast,
     LastWait,
     LastLook,
+    /// Redis is asked once more before the purge.
+    LastQuestion,
     Dangling,
 }
 
@@ -100,6 +108,7 @@ pub(super) enum Sweep {
     Elsewhere,
     Quarantined,
     Keep,
+    LastQuestion,
     PurgeLinks,
     PurgeBytes,
     /// A manifest or a link has come: everything back.
@@ -169,6 +178,8 @@ pub(super) struct State {
     trash: [Link; 2],
     refs: [bool; 2],
     memory: [bool; 2],
+    /// What is remembered of the bytes, in no repository: redis only.
+    knows_bytes: bool,
     /// Where there is but one, the other has given up.
     pushes: [Push; 2],
     sweep: Sweep,
@@ -203,6 +214,30 @@ impl Model {
         Model { object, setting, without: None, has_sleeper: false, rounds: 1, crashes: 1 }
     }
 
+    pub(super) fn is_redis(&self) -> bool {
+        matches!(self.setting, Setting::Redis | Setting::RedisStop)
+    }
+
+    /// Whether a registry says from memory that a repository has it.
+    fn recalls(&self, state: &State, at: usize) -> bool {
+        self.setting != Setting::Off && state.memory[at] && (state.knows_bytes || !self.is_redis())
+    }
+
+    /// Whether a registry that found a link takes the bytes to be there.
+    fn finds_bytes(&self, state: &State) -> bool {
+        state.bytes == Bytes::There || state.knows_bytes
+    }
+
+    fn remember(&self, state: &mut State, at: usize) {
+        state.memory[at] = true;
+        state.knows_bytes = self.is_redis();
+    }
+
+    /// Whether there is somebody to ask and to tell.
+    fn is_asked(&self) -> bool {
+        matches!(self.setting, Setting::Probe | Setting::Redis)
+    }
+
     fn keeps(&self, rule: Rule) -> bool {
         self.without != Some(rule)
     }
@@ -233,6 +268,7 @@ impl Model {
             trash: [Link::Absent; 2],
             refs: [false; 2],
             memory: linked.map(|is| is && remembers),
+            knows_bytes: remembers && self.is_redis(),
             pushes,
             sweep: Sweep::Look(0, For::Candidates),
             stage: Stage::Nothing,
@@ -272,6 +308,17 @@ impl Model {
             }
             each(Event::Killed(state.sweep), next);
         }
+        let is_pushed = state.pushes.iter().any(Push::is_under_way) && state.sweep != Sweep::StopBytes;
+        // Only of a manifest it remembers before the link is there.
+        if self.is_redis() && self.object == Object::Manifest && state.crashes > 0 && is_pushed {
+            let mut next = *state;
+            next.crashes -= 1;
+            next.pushes
+                .iter_mut()
+                .filter(|push| push.is_under_way())
+                .for_each(|push| push.refused(self.object));
+            each(Event::RegistryKilled, next);
+        }
         if let Sweep::EvictMemory(at, Evict::Fence) = state.sweep
             && state.crashes > 0
             && self.object == Object::Layer
@@ -310,8 +357,12 @@ impl Model {
             Sweep::FenceCheck(0) => Sweep::FenceMove(1),
             Sweep::FenceCheck(_) => self.fenced(),
             Sweep::EvictMemory(at, purpose) => {
+                if self.is_redis() {
+                    // Members first, then what is known of the bytes; links are not touched.
+                    state.memory[usize::from(at)] = false;
+                    if at == 0 { self.evicted(0, purpose) } else { Sweep::EvictLink(1, purpose) }
                 // Only where we hold the link: DELETE also takes one that is being written, and ours then comes back.
-                if self.is_known(&state, at) {
+                } else if self.is_known(&state, at) {
                     state.memory[usize::from(at)] = false;
                     Sweep::EvictLink(at, purpose)
                 } else {
@@ -320,7 +371,9 @@ impl Model {
             }
             Sweep::EvictLink(at, purpose) => {
                 // The DELETE of a blob takes a layer link, never the revision of a manifest.
-                if self.object != Object::Child {
+                if self.is_redis() {
+                    state.knows_bytes = false;
+                } else if self.object != Object::Child {
                     state.links[usize::from(at)] = Link::Absent;
                     state.moved(at, Open::There, Open::Nowhere);
                 }
@@ -356,8 +409,16 @@ impl Model {
             Sweep::Elsewhere => Sweep::Quarantined,
             Sweep::Quarantined => self.enters(&mut state, Stage::Quarantined),
             Sweep::Keep if is_draining && self.keeps(Rule::LastWait) => return None,
-            Sweep::Keep if !self.keeps(Rule::LastLook) => Sweep::PurgeLinks,
+            Sweep::Keep if !self.keeps(Rule::LastLook) => self.purge(),
             Sweep::Keep => Sweep::Look(0, For::Purge),
+            Sweep::LastQuestion if state.memory != [false; 2] || state.knows_bytes => {
+                // It forgets, and whoever has seen it goes first.
+                state.memory = [false; 2];
+                state.knows_bytes = false;
+                self.begin(&mut state, Stage::Quarantined);
+                Sweep::Keep
+            }
+            Sweep::LastQuestion => Sweep::PurgeLinks,
             Sweep::PurgeLinks => {
                 for at in [0, 1] {
                     state.trash[usize::from(at)] = Link::Absent;
@@ -403,7 +464,7 @@ impl Model {
                 state.take_link(at);
                 match at {
                     0 => Sweep::DanglingMove(1),
-                    _ if self.setting == Setting::Probe => Sweep::EvictMemory(0, Evict::Dangling),
+                    _ if self.is_asked() => Sweep::EvictMemory(0, Evict::Dangling),
                     _ => Sweep::DanglingMoved,
                 }
             }
@@ -412,9 +473,7 @@ impl Model {
                 Sweep::DanglingDrain
             }
             Sweep::DanglingDrain if is_draining => return None,
-            Sweep::DanglingDrain if self.setting == Setting::Probe => {
-                Sweep::EvictMemory(0, Evict::DanglingAgain)
-            }
+            Sweep::DanglingDrain if self.is_asked() => Sweep::EvictMemory(0, Evict::DanglingAgain),
             Sweep::DanglingDrain => Sweep::DanglingBack(0),
             Sweep::DanglingBack(at) => self.dangling_back(&mut state, at),
             Sweep::Over => return None,
@@ -474,7 +533,11 @@ impl Model {
             };
         }
         match purpose {
-            For::Candidates if self.setting == Setting::Stop => Sweep::StopLinks,
+            For::Candidates if matches!(self.setting, Setting::Stop | Setting::RedisStop) => Sweep::StopLinks,
+            For::Candidates if self.object == Object::Manifest && self.setting == Setting::Redis => {
+                state.stage = Stage::Fencing;
+                Sweep::EvictMemory(0, Evict::Fence)
+            }
             For::Candidates if !self.keeps(Rule::Fence) || self.object == Object::Manifest => Sweep::Fenced,
             For::Candidates => {
                 // Of what people remove nothing is written down before the next sweep.
@@ -483,12 +546,12 @@ impl Model {
             }
             For::Quarantine if self.object == Object::Child => match self.keeps(Rule::Gate) {
                 // Told again to forget, now that nobody is under way who saw it.
-                true if self.setting == Setting::Probe => Sweep::EvictMemory(0, Evict::Child),
+                true if self.is_asked() => Sweep::EvictMemory(0, Evict::Child),
                 _ => Sweep::Quarantined,
             },
-            For::Quarantine if self.setting == Setting::Probe && self.keeps(Rule::Gate) => Sweep::Gate(0),
+            For::Quarantine if self.is_asked() && self.keeps(Rule::Gate) => Sweep::Gate(0),
             For::Quarantine => Sweep::LinkBefore(0),
-            For::Purge => Sweep::PurgeLinks,
+            For::Purge => self.purge(),
             For::Anew if state.stage == Stage::Nothing && state.trash == [Link::Absent; 2] => {
                 Sweep::Look(0, For::Candidates)
             }
@@ -497,10 +560,16 @@ impl Model {
         }
     }
 
+    /// After the last look.
+    fn purge(&self) -> Sweep {
+        let is_asked = self.setting == Setting::Redis && self.object != Object::Child;
+        if is_asked && self.keeps(Rule::LastQuestion) { Sweep::LastQuestion } else { Sweep::PurgeLinks }
+    }
+
     /// After the links moved.
     fn fenced(&self) -> Sweep {
         match self.setting {
-            Setting::Probe => Sweep::EvictMemory(0, Evict::Fence),
+            Setting::Probe | Setting::Redis => Sweep::EvictMemory(0, Evict::Fence),
             _ if self.object == Object::Child => self.removed(),
             _ => Sweep::Fenced,
         }
@@ -508,7 +577,7 @@ impl Model {
 
     /// Of a manifest that was removed: it waits like what is fenced where a registry remembers.
     fn removed(&self) -> Sweep {
-        if self.setting == Setting::Probe { Sweep::Fenced } else { Sweep::Quarantined }
+        if self.is_asked() { Sweep::Fenced } else { Sweep::Quarantined }
     }
 
     /// After a DELETE.
@@ -526,7 +595,9 @@ impl Model {
     fn gate(&self, state: &mut State, repository: u8) -> Sweep {
         let at = usize::from(repository);
         let is_served = state.links[at] != Link::Absent && state.bytes == Bytes::There;
-        if self.is_known(state, repository) {
+        if self.is_redis() {
+            state.is_refused |= state.memory[at] || state.knows_bytes;
+        } else if self.is_known(state, repository) {
             // To be asked makes it remember.
             state.memory[at] |= is_served;
             state.is_refused |= state.memory[at];
@@ -567,7 +638,11 @@ impl Model {
         for push in state.pushes.iter_mut().filter(|push| push.is_under_way()) {
             push.refused(self.object);
         }
-        state.memory = [false; 2];
+        if !self.is_redis() || self.keeps(Rule::Gate) {
+            // Redis is told.
+            state.memory = [false; 2];
+            state.knows_bytes = false;
+        }
         if state.refs != [false; 2] || state.links.contains(&Link::Fresh) {
             return state.again();
         }
@@ -612,10 +687,11 @@ impl std::hash::Hash for State {
             self.links[at] as u64 | (self.trash[at] as u64) << 2 | flags << 4
         };
         let flags = u64::from(self.has_seen_use) | u64::from(self.is_refused) << 1;
+        let flags = flags | u64::from(self.knows_bytes) << 2;
         let own = self.bytes as u64 | (self.stage as u64) << 2 | (self.turn as u64) << 5 | flags << 7;
         let left = u64::from(self.rounds) | u64::from(self.crashes) << 1;
         let pushes = push(&self.pushes[0]) | push(&self.pushes[1]) << 10;
-        hasher.write_u64(pushes | link(0) << 20 | link(1) << 26 | own << 32 | left << 41);
+        hasher.write_u64(pushes | link(0) << 20 | link(1) << 26 | own << 32 | left << 43);
         self.sweep.hash(hasher);
     }
 }

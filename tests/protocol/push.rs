@@ -43,6 +43,7 @@ pub(crate) enum Step {
     PutRemember,
     ManifestBytes,
     ManifestWrite,
+    ManifestRemember,
     PutRef,
     Acknowledged,
     /// The same, and the sweep has begun to look since.
@@ -116,25 +117,26 @@ impl Model {
         let own = usize::from(push.repository);
         let other = 1 - own;
         let is_there = state.bytes == Bytes::There;
+        let finds = self.finds_bytes(state);
         match push.step {
-            Step::HeadLink if remembers && state.memory[own] => push.go(Step::PutLink),
+            Step::HeadLink if self.recalls(state, own) => push.go(Step::PutLink),
             Step::HeadLink if state.links[own] == Link::Absent => push.go(Step::UploadBytes),
             Step::HeadLink => push.step = Step::HeadBytes,
-            Step::HeadBytes if is_there && remembers => push.step = Step::HeadRemember,
-            Step::HeadBytes if is_there => push.go(Step::PutLink),
+            Step::HeadBytes if finds && remembers => push.step = Step::HeadRemember,
+            Step::HeadBytes if finds => push.go(Step::PutLink),
             Step::HeadBytes => push.go(Step::UploadBytes),
             Step::HeadRemember => {
-                state.memory[own] = true;
+                self.remember(state, own);
                 push.go(Step::PutLink);
             }
-            Step::MountLink if remembers && state.memory[other] => push.step = Step::LinkOpen,
+            Step::MountLink if self.recalls(state, other) => push.step = Step::LinkOpen,
             Step::MountLink if state.links[other] == Link::Absent => push.go(Step::UploadBytes),
             Step::MountLink => push.step = Step::MountBytes,
-            Step::MountBytes if is_there && remembers => push.step = Step::MountRemember,
-            Step::MountBytes if is_there => push.step = Step::LinkOpen,
+            Step::MountBytes if finds && remembers => push.step = Step::MountRemember,
+            Step::MountBytes if finds => push.step = Step::LinkOpen,
             Step::MountBytes => push.go(Step::UploadBytes),
             Step::MountRemember => {
-                state.memory[other] = true;
+                self.remember(state, other);
                 push.step = Step::LinkOpen;
             }
             Step::UploadBytes if is_there => push.step = Step::LinkOpen,
@@ -161,23 +163,30 @@ impl Model {
                 if remembers { push.step = Step::LinkRemember } else { push.go(Step::PutLink) }
             }
             Step::LinkRemember => {
-                state.memory[own] = true;
+                self.remember(state, own);
                 push.go(Step::PutLink);
             }
-            Step::PutLink if remembers && state.memory[own] => push.step = Step::PutRef,
+            Step::PutLink if self.recalls(state, own) => push.step = Step::PutRef,
             Step::PutLink if state.links[own] == Link::Absent => push.refused(self.object),
             Step::PutLink => push.step = Step::PutBytes,
-            Step::PutBytes if is_there && remembers => push.step = Step::PutRemember,
-            Step::PutBytes if is_there => push.step = Step::PutRef,
+            Step::PutBytes if finds && remembers => push.step = Step::PutRemember,
+            Step::PutBytes if finds => push.step = Step::PutRef,
             Step::PutBytes => push.refused(self.object),
             Step::PutRemember => {
-                state.memory[own] = true;
+                self.remember(state, own);
                 push.step = Step::PutRef;
             }
-            Step::ManifestBytes if is_there => push.step = Step::PutRef,
+            Step::ManifestBytes if finds => push.step = Step::ManifestRemember,
             Step::ManifestBytes => push.step = Step::ManifestWrite,
             Step::ManifestWrite => {
                 state.bytes = Bytes::There;
+                push.step = Step::ManifestRemember;
+            }
+            Step::ManifestRemember => {
+                // Before its link.
+                if self.is_redis() {
+                    self.remember(state, own);
+                }
                 push.step = Step::PutRef;
             }
             Step::PutRef => {
