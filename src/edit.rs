@@ -21,6 +21,7 @@ use crate::advice::Advice;
 use crate::catalog::intern::{DigestId, NameId};
 use crate::catalog::update::rescan;
 use crate::catalog::{Catalog, Effect, Keeps, Parsed, Repository, Tag};
+use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::printable::Printable;
@@ -312,7 +313,8 @@ pub fn take_upload(
 /// Fails for an upload that began less than `grace` ago.
 fn refuse_young_upload(store: &dyn Store, repository: &Path, upload: &OsStr, grace: Duration) -> Result<()> {
     let started = upload_started(store, repository, upload)?;
-    let is_young = |s: SystemTime| SystemTime::now().duration_since(s).map_or(true, |age| age < grace);
+    let now = Clock::open(store)?.now(store);
+    let is_young = |s: SystemTime| s.checked_add(grace).is_none_or(|end| !now.until(end).is_zero());
     if grace.is_zero() || !started.is_some_and(is_young) {
         return Ok(());
     }

@@ -33,6 +33,7 @@ use crate::catalog::cache::{self, News, Place as CachePlace};
 use crate::catalog::intern::DigestId;
 use crate::catalog::scan::scan;
 use crate::catalog::{Catalog, Tables};
+use crate::costly::Costly;
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::{Gate, Said};
 use crate::gc::guard::state;
@@ -87,6 +88,8 @@ pub struct Engine {
     changing: Mutex<Option<Open>>,
     journal: Mutex<Journal>,
     reports: Mutex<Reports>,
+    /// How much garbage is how far on its way out.
+    garbage: Costly<Vec<state::Total>>,
     run: Run,
     /// The trash may hold something that a manifest names; the next refresh finds out.
     is_heal_due: AtomicBool,
@@ -113,15 +116,6 @@ struct Looked {
     cost: Duration,
 }
 
-/// The last sweep.
-#[derive(Clone)]
-struct Sweep {
-    /// When it looked.
-    looked_at: SystemTime,
-    /// How much garbage it left how far on its way out.
-    totals: Vec<state::Total>,
-}
-
 /// What control files read like.
 struct Reports {
     gc: String,
@@ -132,7 +126,6 @@ struct Reports {
     sweeps: usize,
     /// What a sweep relies on, as far as it is known.
     gate: Option<Gate>,
-    sweep: Option<Sweep>,
     /// When the next one begins by itself.
     next_sweep: Option<SystemTime>,
     /// Why the kernel does not tell what changes.
@@ -207,10 +200,10 @@ impl Engine {
                 last_error: None,
                 sweeps: 0,
                 gate: None,
-                sweep: None,
                 next_sweep: None,
                 unwatched: None,
             }),
+            garbage: Costly::default(),
             run: Run::default(),
             is_heal_due: AtomicBool::new(true),
             healed: Mutex::new(Looked { at: Instant::now(), cost: Duration::ZERO }),
@@ -387,15 +380,17 @@ impl Engine {
 
     /// A line for each blob on its way out: where it stands, since when, and from when on a run takes the next step.
     fn states(&self, snapshot: &Snapshot) -> String {
-        // Who reads this must not wait for a registry: what the last sweep was told counts.
-        let (gate, swept_at) = {
-            let reports = locked(&self.reports);
-            (reports.gate.clone().unwrap_or(Gate::Off), reports.sweep.as_ref().map(|sweep| sweep.looked_at))
-        };
-        match self.view(snapshot).standings(gate, swept_at) {
+        match self.standings(snapshot) {
             Ok(standings) => state::table(&standings),
             Err(e) => format!("{e}\n"),
         }
+    }
+
+    /// The same as values.
+    fn standings(&self, snapshot: &Snapshot) -> Result<Vec<state::Standing>> {
+        // Who reads this must not wait for a registry: what the last sweep was told counts.
+        let gate = locked(&self.reports).gate.clone().unwrap_or(Gate::Off);
+        self.view(snapshot).standings(gate)
     }
 
     fn trash_text(&self) -> String {
@@ -511,6 +506,7 @@ impl Engine {
         let result = gc::run(&*self.store, &self.tables, options, author, &self.run.watched);
         if !options.dry_run {
             self.publish_anew();
+            self.garbage.forget();
         }
         let report = result?;
         if !options.dry_run {
@@ -518,7 +514,6 @@ impl Engine {
             let mut reports = locked(&self.reports);
             reports.sweeps += 1;
             reports.gate = Some(report.gate().clone());
-            reports.sweep = Some(Sweep { looked_at: report.started_at, totals: report.states.clone() });
         }
         let what = report.outcome();
         let action = if options.dry_run { "dry-run" } else { "sweep" };

@@ -70,7 +70,7 @@ pub fn run(
         true => Tables { threads: NonZeroUsize::MIN, ..tables.clone() },
         false => Tables { is_patient, ..tables.clone() },
     };
-    Collection::begin(store, &tables, options, author, progress).run()
+    Collection::begin(store, &tables, options, author, progress)?.run()
 }
 
 /// Gives back a transaction of the trash and what it names.

@@ -48,6 +48,8 @@ pub const TRASH: &str = ".regfs/trash";
 pub const REGISTRIES: &str = ".regfs/registries.json";
 /// Since when which blobs are dead.
 pub const DEAD: &str = ".regfs/dead";
+/// What regfs has seen of the time.
+pub const CLOCK: &str = ".regfs/clock";
 /// How far a sweep beside a running registry has come, inside its transaction.
 pub const STAGE_FILE: &str = "stage.json";
 /// The description of a transaction, inside it.

@@ -8,6 +8,7 @@ pub mod advice;
 pub mod catalog;
 pub mod cli;
 pub mod clock;
+mod costly;
 pub mod digest;
 pub mod edit;
 pub mod engine;

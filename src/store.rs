@@ -21,6 +21,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Reading;
 use crate::digest::Digest;
 use crate::error::{Error, Found, Result};
 use crate::layout;
@@ -154,6 +155,11 @@ pub struct Space {
 ///
 /// "Absent" is `None`; every other failure is an error that names the full path.
 pub trait Store: Send + Sync {
+    /// What all clocks say where this runs.
+    fn clocks(&self) -> Reading {
+        Reading::take()
+    }
+
     /// The names one level below `prefix`, in no particular order.
     fn list(&self, prefix: &Path) -> Result<Option<Vec<Entry>>>;
 

@@ -21,7 +21,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use crate::clock::Moment;
+use crate::clock::{Clock, Moment, Next, Now};
 use crate::digest::Digest;
 use crate::error::{Error, Found, Result};
 use crate::layout::{self, Kind};
@@ -66,13 +66,21 @@ pub struct Record {
     pub command: String,
     /// Why it was done.
     pub reason: String,
+    /// When it began, for what is counted in days; earlier versions did not note it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub began: Option<Moment>,
 }
 
 impl Record {
+    /// When it began; `None` where that can't be read.
+    pub fn began(&self) -> Option<Moment> {
+        let by_time = || humantime::parse_rfc3339(&self.time).ok().map(Moment::of_time);
+        self.began.clone().or_else(by_time)
+    }
+
     /// Whether it began more than `keep` ago; one whose time is unknown never did.
-    fn is_older_than(&self, keep: Duration, now: SystemTime) -> bool {
-        let time = humantime::parse_rfc3339(&self.time).ok();
-        time.and_then(|time| now.duration_since(time).ok()).is_some_and(|age| age >= keep)
+    fn is_older_than(&self, keep: Duration, now: &Now) -> bool {
+        self.began().is_some_and(|began| began.left(now, Duration::ZERO, keep).is_zero())
     }
 }
 
@@ -95,7 +103,9 @@ impl Transaction {
     ///
     /// Its description is on disk before anything can be taken; a full disk fails here.
     pub fn begin(store: &dyn Store, what: &str, author: &Author, reason: &str) -> Result<Transaction> {
-        let time = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+        let mut clock = Clock::open(store)?;
+        let now = clock.now(store);
+        let time = humantime::format_rfc3339_seconds(now.moment.wall()).to_string();
         let stem = format!("{}-{what}", time.replace(['-', ':'], "").replace('T', "-").replace('Z', ""));
         let mut id = stem.clone();
         let mut next = 2;
@@ -110,6 +120,7 @@ impl Transaction {
             pid: author.pid,
             command: author.command.clone(),
             reason: reason.to_string(),
+            began: Some(now.moment),
         };
         let path = layout::transaction(&id).join(layout::TRANSACTION_FILE);
         let mut text = serde_json::to_vec_pretty(&record).map_err(|e| Error::io("write", &path, e))?;
@@ -122,6 +133,7 @@ impl Transaction {
             }
             return Err(e);
         }
+        clock.note_now_and_then(store);
         Ok(transaction)
     }
 
@@ -229,27 +241,40 @@ impl Contents {
         self.stage.as_ref().and_then(|stage| stage.as_ref().ok()).map_or(&[], |stage| &stage.blobs)
     }
 
-    /// Why its bytes can't be purged yet after a look that began at `look`; `None` when they can. What was taken at once
-    /// can as soon as the trash has kept it long enough, which is the business of the caller.
-    pub fn is_waiting(&self, look: &Moment, keep: Duration) -> Option<String> {
-        match &self.stage {
-            None => None,
-            Some(Err(why)) => Some(format!("how far it has come can't be read ({why}); undo it")),
-            Some(Ok(stage)) if stage.is_purgeable(look, keep) => None,
-            Some(Ok(stage)) => Some(match stage.step() {
-                stage::Step::Fencing | stage::Step::Fenced if stage.blobs.is_empty() => {
-                    "a registry may remember what was removed; the sweep after the drain has it forgotten once more"
-                        .to_string()
-                }
-                stage::Step::Fencing | stage::Step::Fenced => {
-                    "a sweep has begun to take it and goes on with the next one; its blobs are still in the store"
-                        .to_string()
-                }
-                stage::Step::Quarantined => format!(
-                    "a request of a client that is under way may still rely on it; wait {} after it was taken",
-                    humantime::format_duration(keep.max(stage.drain))
-                ),
-            }),
+    /// From when on its bytes may be purged, beside registries whose requests take up to `drain` where a sweep goes in
+    /// steps, and otherwise without any.
+    pub fn kept_until(&self, now: &Now, drain: Option<Duration>, keep: Duration) -> Next {
+        let record = || self.record.as_ref().ok().and_then(Record::began);
+        let (since, drain) = match (&self.stage, drain) {
+            (_, None) | (None, _) => (record(), Duration::ZERO),
+            (Some(stage), Some(drain)) => {
+                (stage.as_ref().ok().and_then(|stage| stage.quarantined_at.clone()), drain)
+            }
+        };
+        since.map_or(Next::Open, |since| since.over(now, drain, keep))
+    }
+
+    /// Why a registry may rely on its bytes after a look that began at `look`; `None` when none can. `drain` is how long a
+    /// request may take where the caller knows; what the sweep said that began it counts otherwise.
+    pub fn is_waiting(&self, look: &Now, drain: Option<Duration>) -> Option<String> {
+        let stage = match &self.stage {
+            None => return None,
+            Some(Err(why)) => return Some(format!("how far it has come can't be read ({why}); undo it")),
+            Some(Ok(stage)) => stage,
+        };
+        let drain = drain.unwrap_or(stage.drain);
+        let Some(quarantined_at) = &stage.quarantined_at else {
+            return Some(match stage.blobs.is_empty() {
+                true => "a registry may remember what was removed; the sweep after the drain has it forgotten once more".to_string(),
+                false => "a sweep has begun to take it and goes on with the next one; its blobs are still in the store".to_string(),
+            });
+        };
+        match quarantined_at.left(look, drain, Duration::ZERO) {
+            Duration::ZERO => None,
+            left => Some(format!(
+                "a request of a client that is under way may still rely on it; purge it in {}",
+                humantime::format_duration(Duration::from_secs(left.as_secs() + 1))
+            )),
         }
     }
 
@@ -378,7 +403,7 @@ pub enum Selection {
 
 impl Selection {
     /// The names of those it selects, without looking at what is in them.
-    pub fn of(&self, store: &dyn Store, now: SystemTime) -> Result<Vec<String>> {
+    pub fn of(&self, store: &dyn Store, now: &Now) -> Result<Vec<String>> {
         let mut selected = ids(store)?;
         match self {
             Selection::All => {}

@@ -22,6 +22,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::{Catalog, Keeps, Manifest, Repository};
+use crate::costly::Costly;
 use crate::gc::mark::{self, Mark, Untagged};
 use crate::gc::plan::{self, Candidate};
 use crate::layout;
@@ -67,7 +68,7 @@ pub struct Snapshot {
     is_judged: OnceLock<bool>,
     candidates: OnceLock<Vec<Candidate>>,
     /// From when on a sweep takes the next step with what is unreferenced.
-    moves_on: OnceLock<HashMap<DigestId, SystemTime>>,
+    moves_on: Costly<Arc<HashMap<DigestId, SystemTime>>>,
     stored: OnceLock<Stored>,
     untagged: OnceLock<Untagged>,
     usage: OnceLock<Arc<[u8]>>,
@@ -139,7 +140,7 @@ impl Snapshot {
             uses: OnceLock::new(),
             is_judged: OnceLock::new(),
             candidates: OnceLock::new(),
-            moves_on: OnceLock::new(),
+            moves_on: Costly::default(),
             stored: OnceLock::new(),
             untagged: OnceLock::new(),
             usage: OnceLock::new(),

@@ -269,7 +269,9 @@ impl Story<'_> {
                 calls.get(at + 1).is_some_and(|next| next.name == "read" && next.path == *path);
             // Only how many bytes a purge freed depends on it; the removal that follows meets what is wrong.
             let is_counted = self.sort == Sort::Purges && path.starts_with(TRASH);
-            *name == "stat" && (is_read_again || is_counted)
+            // Without it, what comes has a witness less of the time, and says so.
+            let is_clock = path == Path::new(layout::CLOCK) && *name != "read";
+            *name == "stat" && (is_read_again || is_counted) || is_clock
         };
         // Once things have moved, a look that fails can't tell whether a push came in between. Only what the mount
         // shows and no image depends on can wait: the trash, and the pushes in progress.

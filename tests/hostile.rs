@@ -443,7 +443,7 @@ fn an_untagged_manifest_that_is_pushed_again_while_a_sweep_takes_stays_whole() {
     let catalog = regfs::catalog::scan::scan(&disk, &Default::default(), None);
     let options =
         Options { untagged: true, grace: Duration::ZERO, gate: Gate::STOPPED, ..Options::default() };
-    let policy = plan::Policy::new(&options, std::time::SystemTime::now());
+    let policy = plan::Policy::new(&options, &regfs::clock::Clock::default().now(&disk));
     let plan = plan::Plan::new(&disk, &catalog, &policy).unwrap();
     std::thread::sleep(Duration::from_millis(50));
     put(&store.revision_link(APP, &digest), digest.as_bytes());

@@ -15,6 +15,7 @@ use memory::{layer_link, long_ago, put, put_blob, put_image, put_tag, revision_l
 use regfs::catalog::intern::DigestId;
 use regfs::catalog::scan::scan;
 use regfs::catalog::{Catalog, Tables};
+use regfs::clock::Clock;
 use regfs::error::Result;
 use regfs::gc::guard::gate::Gate;
 use regfs::gc::mark::{self, Untagged};
@@ -40,7 +41,7 @@ fn image(name: &str) -> Image {
 fn with_facts<T>(store: &dyn Store, act: impl FnOnce(&Facts<'_>) -> T) -> T {
     let catalog = scan(store, &Tables::default(), None);
     let mark = mark::mark(&catalog, &Untagged::new());
-    act(&Facts { store, catalog: &catalog, mark: &mark, grace: DAY, now: SystemTime::now() })
+    act(&Facts { store, catalog: &catalog, mark: &mark, grace: DAY, now: Clock::default().now(store) })
 }
 
 fn ask(store: &dyn Store, argument: &str) -> Result<Why> {

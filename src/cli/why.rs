@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use clap::Args;
 
@@ -11,6 +11,7 @@ use super::{Environment, Outcome, duration, open};
 use crate::catalog::Tables;
 use crate::catalog::cache::{self, Place};
 use crate::catalog::scan::scan;
+use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::gc::mark::{self, Untagged};
 use crate::gc::why;
@@ -59,7 +60,7 @@ pub(super) fn run(args: &WhyArgs, environment: Environment<'_>) -> Result<Outcom
     let (tables, links) = cache::load(&store, &Place::Store, &Tables::new(None));
     let catalog = scan(&store, &tables, Some(&links));
     let mark = mark::mark(&catalog, &Untagged::new());
-    let (grace, now) = (args.grace, SystemTime::now());
+    let (grace, now) = (args.grace, Clock::open(&store)?.now(&store));
     let facts = why::Facts { store: &store, catalog: &catalog, mark: &mark, grace, now };
     let digest = why::find(&facts, &args.what)?;
     let why = why::why(&facts, &digest, if args.all { usize::MAX } else { why::FEW })?;

@@ -132,8 +132,8 @@ impl Engine {
 
     /// How long what the last sweep fenced has to wait; `None` where there is no such.
     fn fenced_until(&self) -> Option<Duration> {
-        let reports = locked(&self.reports);
-        let fenced = reports.sweep.as_ref()?.totals.iter().find(|total| total.state == State::Fenced)?;
+        let garbage = self.garbage(&self.current());
+        let fenced = garbage.iter().find(|total| total.state == State::Fenced)?;
         // What was due already could not go on, and will not sooner because it is hurried.
         fenced.next?.duration_since(SystemTime::now()).ok()
     }

@@ -8,6 +8,7 @@ use crate::advice::Place;
 use crate::gc::guard::gate::Gate;
 use crate::gc::guard::state;
 use crate::gc::report::timestamp;
+use crate::view::Snapshot;
 
 /// What `control/status` says.
 #[derive(serde::Serialize)]
@@ -43,7 +44,9 @@ struct Status {
     /// and nothing is changed here); and what tells it, for people.
     metadata: &'static str,
     metadata_reason: String,
-    /// How much garbage the last sweep left how far on its way out.
+    /// What is wrong with the clock, for people; `null` where nothing is.
+    clock: Option<String>,
+    /// How much garbage is how far on its way out.
     garbage: Vec<state::Total>,
     /// When the next one begins by itself, RFC 3339; `null` where none does.
     next_sweep: Option<String>,
@@ -60,15 +63,26 @@ struct Status {
 }
 
 impl Engine {
+    /// How much garbage is how far on its way out, by what this mount says of ages.
+    pub(super) fn garbage(&self, snapshot: &Snapshot) -> Vec<state::Total> {
+        self.garbage.get(|| match self.standings(snapshot) {
+            Ok(standings) => state::totals(&standings),
+            Err(e) => {
+                log::warn!("could not look at how far garbage is: {e}");
+                Vec::new()
+            }
+        })
+    }
+
     /// The content of `control/status`.
     pub(super) fn status(&self) -> String {
         let snapshot = self.current();
         let is_running = self.run.is_running.load(Ordering::Relaxed);
         let cost = locked(&self.looked).cost;
         let run = is_running.then(|| self.run.watched.look());
-        let (gate, sweep, next_sweep, unwatched) = {
+        let (gate, next_sweep, unwatched) = {
             let reports = locked(&self.reports);
-            (reports.gate.clone(), reports.sweep.clone(), reports.next_sweep, reports.unwatched.clone())
+            (reports.gate.clone(), reports.next_sweep, reports.unwatched.clone())
         };
         let kept = self.keeper().now();
         let status = Status {
@@ -94,7 +108,8 @@ impl Engine {
             gate_reason: gate.as_ref().map(|gate| Place::ControlFile.say(&gate.to_string())),
             metadata: kept.word(),
             metadata_reason: kept.to_string(),
-            garbage: sweep.map_or_else(Vec::new, |sweep| sweep.totals),
+            clock: self.view(&snapshot).now().jump.map(|jump| jump.text(&*self.store)),
+            garbage: self.garbage(&snapshot),
             next_sweep: next_sweep.map(timestamp),
             guard: locked(&self.guarded).clone(),
             freshness: if self.is_watching() { "events" } else { "looks" },

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use super::brake::Extent;
 use super::foresee;
@@ -12,10 +11,9 @@ use super::plan::{Plan, Policy};
 use super::report::{Mode, Report};
 use super::{LOCK_WAIT, Options, Progress, give_back as give, leftovers, purge, sweep};
 use crate::catalog::cache::{self, News, Place};
-use crate::catalog::intern::IdSet;
 use crate::catalog::scan::scan_strictly;
 use crate::catalog::{Catalog, Effect, Keeps, Tables};
-use crate::clock::Moment;
+use crate::clock::{Clock, Now, Reading};
 use crate::error::{Error, Result};
 use crate::keeper::Change;
 use crate::layout;
@@ -34,8 +32,10 @@ pub(super) struct Collection<'a> {
     pub(super) author: &'a Author,
     pub(super) progress: &'a dyn Progress,
     /// When the first look began, so what was under way then, it may not have seen.
-    pub(super) look: Moment,
-    pub(super) now: SystemTime,
+    pub(super) look: Now,
+    /// What the clocks said then.
+    began: Reading,
+    pub(super) clock: Clock,
 }
 
 /// What the looks under the lock decided.
@@ -53,7 +53,7 @@ impl<'a> Collection<'a> {
         options: &Options,
         author: &'a Author,
         progress: &'a dyn Progress,
-    ) -> Collection<'a> {
+    ) -> Result<Collection<'a>> {
         let (tables, links) = match &options.cache {
             Some(place) => {
                 let (tables, links) = cache::load(store, place, tables);
@@ -61,8 +61,11 @@ impl<'a> Collection<'a> {
             }
             None => (tables.clone(), None),
         };
-        let (look, now) = (Moment::now(), SystemTime::now());
-        Collection { store, tables, links, options: options.clone(), author, progress, look, now }
+        let clock = Clock::open(store)?;
+        let began = store.clocks();
+        let look = clock.judge(&began);
+        let options = options.clone();
+        Ok(Collection { store, tables, links, options, author, progress, look, began, clock })
     }
 
     pub(super) fn run(self) -> Result<Report> {
@@ -82,6 +85,10 @@ impl<'a> Collection<'a> {
         }
         let _lock = self.store.lock(&self.author.command, LOCK_WAIT)?;
         self.options.keeper.allows(self.options.change())?;
+        // The storage has a clock, too.
+        self.clock.note(self.store);
+        self.look = self.clock.judge(&self.began);
+        self.look.warn(self.store);
         let Decided { catalog, plan, restored } = self.second_look(first, plan)?;
         self.stop_if_told()?;
         if let Some(report) = self.brake(&catalog, &plan)? {
@@ -95,7 +102,7 @@ impl<'a> Collection<'a> {
         if let Err(e) = self.look_back(&catalog, &mut report) {
             report.failures.push(e.to_string());
         }
-        report.finished_at = SystemTime::now();
+        report.finished_at = self.clock.now(self.store).wall;
         Ok(report)
     }
 
@@ -103,10 +110,10 @@ impl<'a> Collection<'a> {
     fn brake(&self, catalog: &Catalog, plan: &Plan) -> Result<Option<Report>> {
         let Some(extent) = self.too_large(catalog, plan) else { return Ok(None) };
         let plan = Arc::new(plan.clone());
-        let mut report = Report::new(self.store, Mode::Sweep, &self.options, self.now, catalog, plan)?;
+        let mut report = Report::new(self.store, Mode::Sweep, &self.options, &self.look, catalog, plan)?;
         report.brake(extent);
-        report.set_states(self.store, &self.tables, self.now, &IdSet::default())?;
-        report.finished_at = SystemTime::now();
+        report.set_states(self.store, &self.tables, &self.look)?;
+        report.finished_at = self.clock.now(self.store).wall;
         Ok(Some(report))
     }
 
@@ -153,16 +160,17 @@ impl<'a> Collection<'a> {
         let policy = self.policy();
         if !options.gate.is_beside() {
             let plan = Arc::new(plan);
-            let mut report = Report::new(*store, Mode::Sweep, options, self.now, catalog, plan.clone())?;
+            let mut report = Report::new(*store, Mode::Sweep, options, &self.look, catalog, plan.clone())?;
             outliving::tell(&options.gate, catalog, &plan.items)?;
             report.set_taken(sweep::take(*store, catalog, &plan, options, self.author, self.progress)?);
             return Ok(report);
         }
-        let unclear = guard::go_on(*store)?;
-        let round = Round { store: *store, catalog, options, policy: &policy, look: &self.look };
+        let unclear = guard::go_on(*store, &self.clock)?;
+        let round =
+            Round { store: *store, catalog, options, policy: &policy, look: &self.look, clock: &self.clock };
         let course = round.decide(plan)?;
         let plan = Arc::new(course.plan.clone());
-        let mut report = Report::new(*store, Mode::Sweep, options, self.now, catalog, plan)?;
+        let mut report = Report::new(*store, Mode::Sweep, options, &self.look, catalog, plan)?;
         report.set_taken(round.act(&course, self.author, self.progress)?);
         report.failures.extend(unclear);
         Ok(report)
@@ -182,14 +190,14 @@ impl<'a> Collection<'a> {
             self.options.keeper.allows(Change::Garbage)?;
             self.purge(doomed, report)?;
         }
-        report.set_states(self.store, &self.tables, self.look.wall(), &IdSet::default())
+        report.set_states(self.store, &self.tables, &self.clock.now(self.store))
     }
 
     /// The transactions that go now; those whose undo ends with them are in the report.
     fn doomed(&self, report: &mut Report) -> Result<Vec<String>> {
         let left = trash::ids(self.store)?;
         let own = report.transaction.clone().filter(|id| left.contains(id));
-        let mut doomed = purge::over_age(self.store, &self.options, self.now, &self.look)?;
+        let mut doomed = purge::over_age(self.store, &self.options, &self.look)?;
         doomed.retain(|id| Some(id) != own.as_ref());
         if let Some(own) = own.filter(|_| self.options.now) {
             let ended = trash::purge::undone_only_with(self.store, &own)?;
@@ -220,7 +228,7 @@ impl<'a> Collection<'a> {
     }
 
     pub(super) fn policy(&self) -> Policy {
-        Policy::new(&self.options, self.now)
+        Policy::new(&self.options, &self.look)
     }
 
     fn stop_if_told(&self) -> Result<()> {

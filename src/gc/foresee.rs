@@ -37,6 +37,7 @@ struct Foreseen {
 
 /// Says what a sweep would do; changes nothing.
 pub(super) fn dry_run(mut run: Collection<'_>) -> Result<Report> {
+    run.look.warn(run.store);
     let refusal = run.options.check().err();
     run.options = run.options.settled();
     let kept = run.options.keeper.now();
@@ -57,9 +58,9 @@ pub(super) fn dry_run(mut run: Collection<'_>) -> Result<Report> {
     };
     let foreseen = foresee(&run, &store, &catalog, &policy, &garbage, refusal)?;
     let mut report =
-        Report::new(run.store, Mode::DryRun, &run.options, run.now, &catalog, Arc::new(garbage))?;
+        Report::new(run.store, Mode::DryRun, &run.options, &run.look, &catalog, Arc::new(garbage))?;
     report.set_restored(&restored);
-    report.set_states(&store, &run.tables, run.now, &foreseen.fence)?;
+    report.set_states(&store, &run.tables, &run.look)?;
     let is_refused = foreseen.refusal.is_some();
     report.foresee(foreseen.plan, &foreseen.fence, foreseen.refusal);
     if !is_refused {
@@ -108,8 +109,8 @@ fn foresee(
     if !run.options.gate.is_beside() {
         return Ok(Foreseen { plan: garbage.clone(), refusal: None, fence: IdSet::default() });
     }
-    guard::go_on(store)?;
-    let round = Round { store, catalog, options: &run.options, policy, look: &run.look };
+    guard::go_on(store, &run.clock)?;
+    let round = Round { store, catalog, options: &run.options, policy, look: &run.look, clock: &run.clock };
     let course = round.decide(garbage.clone())?;
     let stays = round.remembered(&course)?;
     let mut plan = course.plan.clone();
@@ -119,7 +120,7 @@ fn foresee(
 
 /// What would be purged after that.
 fn foresee_purge(run: &Collection<'_>, store: &Imagined<'_>, report: &mut Report) -> Result<()> {
-    let mut doomed = purge::over_age(store, &run.options, run.now, &run.look)?;
+    let mut doomed = purge::over_age(store, &run.options, &run.look)?;
     if run.options.now {
         // What is taken goes at once, and with it what its undo would need.
         let own = Transaction::begin(store, trash::SWEEP, run.author, "foreseen")?;

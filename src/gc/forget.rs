@@ -15,6 +15,7 @@ use std::time::Duration;
 use super::guard::gate::Registries;
 use crate::catalog::Catalog;
 use crate::catalog::intern::DigestId;
+use crate::clock::Clock;
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::layout;
@@ -43,9 +44,10 @@ pub fn dangling(
         return Ok(false);
     }
     let reason = "a registry remembers a link to bytes that are nowhere";
+    let clock = Clock::open(store)?;
     let transaction = Transaction::begin(store, trash::SWEEP, author, reason)?;
     transaction.take(store, &link)?;
-    Stage::removed(drain).write(store, transaction.id())?;
+    Stage::removed(store, drain, &clock).write(store, transaction.id())?;
     store.sync()?;
     registries.forget(repository, digest)?;
     registries.forget_bytes(&stored)?;

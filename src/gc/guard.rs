@@ -54,11 +54,10 @@ use super::sweep::{self, Taken};
 use super::{Options, Progress};
 use crate::catalog::Catalog;
 use crate::catalog::intern::{DigestId, IdSet};
-use crate::clock::Moment;
+use crate::clock::{Clock, Next, Now};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout::{self, Kind};
-use crate::manifest::MAX_SIZE;
 use crate::store::Store;
 use crate::trash::stage::{Stage, Step};
 use crate::trash::{self, Author, Contents, Transaction};
@@ -74,7 +73,8 @@ pub(super) struct Round<'a> {
     pub(super) options: &'a Options,
     pub(super) policy: &'a Policy,
     /// When the first look began.
-    pub(super) look: &'a Moment,
+    pub(super) look: &'a Now,
+    pub(super) clock: &'a Clock,
 }
 
 /// What is due, decided from two looks.
@@ -106,7 +106,7 @@ impl Round<'_> {
             self.adopt(&mut transactions)?;
         }
         let id_of = |digest: &Digest| self.catalog.tables.digests.find(digest);
-        let moves_on = self.moves_on(&transactions);
+        let moves_on = state::moves_on(&transactions, self.options, self.look);
         let staged: IdSet = transactions.iter().flat_map(Contents::staged).filter_map(id_of).collect();
         let blobs: HashMap<DigestId, u64> = plan
             .items
@@ -124,21 +124,25 @@ impl Round<'_> {
         let old_items = plan.items;
         let mut fenced: HashMap<DigestId, usize> = HashMap::new();
         for (id, bytes) in blobs_in_order(&old_items) {
-            let wait = |until: SystemTime| Young { digest: id, bytes, eligible_at: until };
+            let wait = |eligible: Next| Young { digest: id, bytes, last_used: None, eligible };
             if staged.contains(id) {
-                course.plan.young.push(wait(moves_on.get(&id).copied().unwrap_or(self.policy.now)));
+                let next = moves_on.get(&self.catalog.digest(id)).copied();
+                course.plan.young.push(wait(next.unwrap_or(Next::Open)));
                 continue;
             }
-            let since = ledger.since(id).unwrap_or(self.look);
-            let is_due =
-                since.age(self.look) >= self.options.grace && since.elapsed(self.look) >= self.options.drain;
-            if !is_due || !self.may_take(id, bytes)? {
-                let until = since.wall().checked_add(self.options.grace).unwrap_or(since.wall());
-                course.plan.young.push(wait(until));
+            let next = state::leaves(&ledger, id, self.options, self.look);
+            if next != Next::Due
+                || !state::may_take(self.store, &self.options.gate, &self.catalog.digest(id), bytes)?
+            {
+                course.plan.young.push(wait(if next == Next::Due { Next::Open } else { next }));
                 continue;
             }
             fenced.insert(id, course.fence.len());
             course.fence.push((id, Vec::new()));
+        }
+        for young in course.plan.young.iter_mut().filter(|young| young.last_used.is_some()) {
+            young.eligible =
+                young.eligible.and(state::leaves(&ledger, young.digest, self.options, self.look));
         }
         let mut links = Vec::new();
         for item in old_items {
@@ -162,7 +166,9 @@ impl Round<'_> {
         }
         if matches!(self.options.gate, Gate::Off | Gate::Probe(_)) {
             let is_due = |t: &Contents| match &t.stage {
-                Some(Ok(stage)) => stage.step() != Step::Quarantined && stage.is_drained(self.look),
+                Some(Ok(stage)) => {
+                    stage.step() != Step::Quarantined && stage.is_drained(self.look, self.options.drain)
+                }
                 _ => false,
             };
             course.due = transactions.into_iter().filter(is_due).collect();
@@ -184,7 +190,7 @@ impl Round<'_> {
     fn adopt(&self, transactions: &mut [Contents]) -> Result<()> {
         let has_such = |t: &Contents| t.files.iter().any(|path| is_to_be_forgotten(t, path));
         for transaction in transactions.iter_mut().filter(|t| t.stage.is_none() && has_such(t)) {
-            let stage = Stage::removed(self.options.drain);
+            let stage = Stage::removed(self.store, self.options.drain, self.clock);
             stage.write(self.store, &transaction.id)?;
             transaction.stage = Some(Ok(stage));
         }
@@ -203,7 +209,7 @@ impl Round<'_> {
         // Also what its file times call young: a use that they show begins the wait anew by itself.
         let dead = blobs.keys().copied().chain(plan.young.iter().map(|young| young.digest));
         let dead = dead.filter(|id| !staged.contains(*id));
-        let ledger = before.clone().after(self.look, dead, is_still_dead);
+        let ledger = before.clone().after(&self.look.moment, dead, is_still_dead);
         if ledger != before
             && let Err(e) = ledger.write(self.store, &self.catalog.tables)
         {
@@ -211,50 +217,6 @@ impl Round<'_> {
             log::warn!("{e}: what has become garbage waits for longer");
         }
         Ok(ledger)
-    }
-
-    /// When the blobs that sweeps are about move on.
-    fn moves_on(&self, transactions: &[Contents]) -> HashMap<DigestId, SystemTime> {
-        let mut all = HashMap::new();
-        for stage in transactions.iter().filter_map(|t| t.stage.as_ref()?.as_ref().ok()) {
-            let Some(next) = stage.fenced_at.as_ref().and_then(|at| at.wall().checked_add(stage.drain))
-            else {
-                continue;
-            };
-            let digests = &self.catalog.tables.digests;
-            all.extend(stage.blobs.iter().filter_map(|digest| Some((digests.find(digest)?, next))));
-        }
-        all
-    }
-
-    /// Whether a blob may be fenced at all.
-    fn may_take(&self, id: DigestId, bytes: u64) -> Result<bool> {
-        match &self.options.gate {
-            Gate::Off => Ok(true),
-            Gate::Probe(probe) => Ok(probe.0.forgets_bytes() || !self.may_be_manifest(id, bytes)?),
-            Gate::Stop { .. } | Gate::Stopped(_) => Ok(false),
-        }
-    }
-
-    /// Whether a registry may know a blob as a manifest.
-    fn may_be_manifest(&self, id: DigestId, bytes: u64) -> Result<bool> {
-        if bytes > MAX_SIZE as u64 {
-            return Ok(false);
-        }
-        let content = match self.store.read(&layout::blob_data(&self.catalog.digest(id)), MAX_SIZE) {
-            Err(e) if e.is_damage() => return Ok(true),
-            content => content?,
-        };
-        let Some((bytes, _)) = content else { return Ok(true) };
-        if !bytes.trim_ascii_start().starts_with(b"{") {
-            return Ok(false);
-        }
-        // Every type of manifest that a registry takes has this; no config of an image does.
-        match serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&bytes) {
-            Ok(fields) => Ok(fields.keys().any(|key| key.eq_ignore_ascii_case("schemaVersion"))),
-            // Registries read what is no JSON for us: invalid UTF-8, deep nesting, large numbers.
-            Err(_) => Ok(true),
-        }
     }
 
     /// Whether something that is not the bytes of a blob goes at once.
@@ -328,7 +290,7 @@ impl Round<'_> {
 
     /// What moved at once waits for requests that have seen it; where a registry remembers, it is told once more then.
     fn begin_wait(&self, id: &str) -> Result<()> {
-        let stage = Stage::removed(self.options.drain);
+        let stage = Stage::removed(self.store, self.options.drain, self.clock);
         let quarantined_at = stage.fenced_at.clone().filter(|_| self.options.gate == Gate::Off);
         Stage { quarantined_at, ..stage }.write(self.store, id)
     }
@@ -361,7 +323,8 @@ impl Round<'_> {
     ) -> Result<()> {
         progress.phase("fence", course.fence.len());
         let digest = |id: DigestId| self.catalog.digest(id);
-        let links_until = self.policy.now.checked_sub(self.options.grace).unwrap_or(SystemTime::UNIX_EPOCH);
+        let links_until =
+            self.policy.now.trusted.checked_sub(self.options.grace).unwrap_or(SystemTime::UNIX_EPOCH);
         let blobs = course.fence.iter().map(|(id, ..)| digest(*id)).collect();
         let (transaction, mut stage) =
             self.begin_fence(Stage::begin(self.options.drain, links_until, blobs), author)?;
@@ -404,7 +367,8 @@ impl Round<'_> {
     /// All has moved and was told: the wait begins.
     fn end_fence(&self, transaction: &Transaction, stage: Stage) -> Result<()> {
         self.store.sync()?;
-        Stage { fenced_at: Some(Moment::now()), ..stage }.write(self.store, transaction.id())?;
+        Stage { fenced_at: Some(self.clock.now(self.store).moment), ..stage }
+            .write(self.store, transaction.id())?;
         self.store.sync()?;
         transaction.discard_if_empty(self.store)
     }
@@ -524,12 +488,13 @@ fn blobs_in_order(items: &[Item]) -> Vec<(DigestId, u64)> {
 /// trash can't be told.
 ///
 /// All links to what is still not in use have moved, or they would have brought it back by now.
-pub(super) fn go_on(store: &dyn Store) -> Result<Vec<String>> {
+pub(super) fn go_on(store: &dyn Store, clock: &Clock) -> Result<Vec<String>> {
     let mut unclear = Vec::new();
     for transaction in trash::contents(store)? {
         match &transaction.stage {
             Some(Ok(stage)) if stage.step() == Step::Fencing => {
-                Stage { fenced_at: Some(Moment::now()), ..stage.clone() }.write(store, &transaction.id)?;
+                let fenced_at = Some(clock.now(store).moment);
+                Stage { fenced_at, ..stage.clone() }.write(store, &transaction.id)?;
                 log::info!("{}: a sweep that was interrupted goes on", transaction.id);
             }
             Some(Err(why)) => unclear.push(format!(

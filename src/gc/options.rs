@@ -118,13 +118,12 @@ impl Options {
     }
 
     /// As they are meant beside a registry: nothing is younger than a request that is under way.
-    pub(super) fn settled(&self) -> Options {
+    pub(crate) fn settled(&self) -> Options {
         if !self.gate.is_beside() {
             return self.clone();
         }
-        let at_least = |time: Duration| time.max(self.drain);
-        let (grace, keep) = (at_least(self.grace), at_least(self.keep));
-        Options { grace, keep, uploads: at_least(self.uploads), ..self.clone() }
+        let [grace, keep, uploads] = [self.grace, self.keep, self.uploads].map(|time| time.max(self.drain));
+        Options { grace, keep, uploads, ..self.clone() }
     }
 }
 

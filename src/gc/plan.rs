@@ -22,6 +22,7 @@ use super::{Options, leftovers};
 use crate::catalog::intern::{DigestId, IdSet, NameId};
 use crate::catalog::scan::spread;
 use crate::catalog::{Catalog, Effect, Problem, Repository, Revision, Tables};
+use crate::clock::{Next, Now};
 use crate::error::Result;
 use crate::layout;
 use crate::store::{Directory, Store};
@@ -32,7 +33,7 @@ pub struct Policy {
     /// What was asked for.
     pub options: Options,
     /// The time to count from.
-    pub now: SystemTime,
+    pub now: Now,
     /// Into how many directories a sweep looks without being told to.
     pub thorough_up_to: usize,
 }
@@ -42,13 +43,16 @@ const THOROUGH_UP_TO: usize = 100_000;
 
 impl Policy {
     /// What `options` mean at a time.
-    pub fn new(options: &Options, now: SystemTime) -> Policy {
-        Policy { options: options.clone(), now, thorough_up_to: THOROUGH_UP_TO }
+    pub fn new(options: &Options, now: &Now) -> Policy {
+        Policy { options: options.clone(), now: now.clone(), thorough_up_to: THOROUGH_UP_TO }
     }
 
     /// When something last used then becomes garbage.
-    pub fn eligible_at(&self, last_used: SystemTime) -> SystemTime {
-        last_used.checked_add(self.options.grace).unwrap_or(last_used)
+    pub fn eligible(&self, last_used: SystemTime) -> Next {
+        match self.is_young(last_used) {
+            true => self.now.next(last_used.checked_add(self.options.grace).unwrap_or(last_used)),
+            false => Next::Due,
+        }
     }
 
     /// Whether something last used then is left. Without grace nothing is, whatever the clocks say.
@@ -58,7 +62,7 @@ impl Policy {
 
     /// Whether something last used then is younger than `age`.
     pub fn is_younger(&self, last_used: SystemTime, age: Duration) -> bool {
-        !age.is_zero() && last_used.checked_add(age).unwrap_or(last_used) > self.now
+        !age.is_zero() && last_used.checked_add(age).unwrap_or(last_used) > self.now.trusted
     }
 
     /// How long ago an untagged manifest must have been pushed.
@@ -299,8 +303,10 @@ pub struct Young {
     pub digest: DigestId,
     /// Bytes.
     pub bytes: u64,
+    /// The newest sign of use that file times show, where they call it young.
+    pub last_used: Option<SystemTime>,
     /// From when on it may be taken.
-    pub eligible_at: SystemTime,
+    pub eligible: Next,
 }
 
 /// A manifest that no tag leads to and that is too young to be taken.
@@ -586,7 +592,8 @@ pub fn decide(catalog: &Catalog, going: &Going, candidates: &[Candidate], policy
             }
         }
         if policy.is_young(candidate.last_used) {
-            plan.young.push(Young { digest, bytes, eligible_at: policy.eligible_at(candidate.last_used) });
+            let eligible = policy.eligible(candidate.last_used);
+            plan.young.push(Young { digest, bytes, last_used: Some(candidate.last_used), eligible });
             continue;
         }
         links.extend(candidate.links.iter().map(|(repository, layer)| (*repository, *layer, reason)));

@@ -1,11 +1,9 @@
 //! What of the trash is purged, by a command or because the trash has kept it long enough.
 
-use std::time::{Duration, SystemTime};
-
 use super::guard::{self, gate::Gate};
 use super::{LOCK_WAIT, Options, collect};
 use crate::catalog::Tables;
-use crate::clock::Moment;
+use crate::clock::{Clock, Next, Now};
 use crate::digest::Digest;
 use crate::error::{self, Result};
 use crate::keeper::Change;
@@ -30,16 +28,15 @@ pub fn purge_trash(
     // A registry may have been migrated while we waited.
     options.keeper.allows(Change::Garbage)?;
     let gate = &options.gate;
-    let look = Moment::now();
+    let look = Clock::open(store)?.now(store);
+    look.warn(store);
     let (_, restored) = collect::give_back(store, tables, None, &Options::default())?;
     let (mut doomed, mut kept) = (Vec::new(), Vec::new());
-    for id in selection.of(store, SystemTime::now())? {
+    for id in selection.of(store, &look)? {
         let transaction = trash::read(store, &id)?;
         let why = match gate {
             Gate::Stopped(_) => None,
-            _ => transaction
-                .is_waiting(&look, Duration::ZERO)
-                .or_else(|| guard::is_remembered(&transaction, gate)),
+            _ => transaction.is_waiting(&look, None).or_else(|| guard::is_remembered(&transaction, gate)),
         };
         match why {
             None => doomed.push(id),
@@ -81,28 +78,17 @@ pub(super) fn blobs_in(store: &dyn Store, ids: &[String]) -> Result<Vec<Digest>>
 
 /// The transactions that a run purges by itself: what has been in the trash for `keep`, and no registry may rely on.
 /// `look` is when the look began that found nothing of them in use.
-pub(super) fn over_age(
-    store: &dyn Store,
-    options: &Options,
-    now: SystemTime,
-    look: &Moment,
-) -> Result<Vec<String>> {
-    let old = Selection::Older(options.keep).of(store, now)?;
+pub(super) fn over_age(store: &dyn Store, options: &Options, look: &Now) -> Result<Vec<String>> {
     let (mut doomed, mut stay) = (Vec::new(), Vec::new());
     for transaction in trash::contents(store)? {
-        let is_over = match &transaction.stage {
-            _ if !options.gate.is_beside() => old.contains(&transaction.id),
-            Some(_) => transaction.is_waiting(look, options.keep).is_none(),
-            None if !old.contains(&transaction.id) => false,
-            None => match guard::is_remembered(&transaction, &options.gate) {
-                None => true,
-                Some(why) => {
-                    stay.push(why);
-                    false
-                }
-            },
-        };
-        doomed.extend(is_over.then_some(transaction.id));
+        let drain = options.gate.is_beside().then_some(options.drain);
+        if transaction.kept_until(look, drain, options.keep) != Next::Due {
+            continue;
+        }
+        match guard::is_remembered(&transaction, &options.gate) {
+            Some(why) => stay.push(why),
+            None => doomed.push(transaction.id),
+        }
     }
     if let Some(why) = stay.first() {
         let what = error::count(stay.len(), "transaction");

@@ -23,13 +23,14 @@ use serde::Serialize;
 use super::Options;
 use super::brake::Extent;
 use super::guard::gate::Gate;
-use super::guard::state::{self, Standing, State, Unreferenced};
+use super::guard::state::{self, State, Unreferenced};
 use super::plan::{Item, ItemKind, Plan, Reason};
 use super::repair::Repair;
 use super::sweep::Taken;
 pub use crate::advice::Place;
 use crate::catalog::intern::IdSet;
 use crate::catalog::{Catalog, Problem, Tables};
+use crate::clock::{Next, Now};
 use crate::error::{Result, count};
 use crate::keeper::Kept;
 use crate::store::Store;
@@ -72,6 +73,8 @@ pub struct Report {
     pub states: Vec<state::Total>,
     /// It was told to stop, and left out what was still to be done.
     pub is_stopped: bool,
+    /// What is wrong with the clock, for people.
+    pub clock: Option<String>,
     /// When the run began.
     pub started_at: SystemTime,
     /// When it ended.
@@ -127,7 +130,7 @@ impl Report {
         store: &dyn Store,
         mode: Mode,
         options: &Options,
-        started_at: SystemTime,
+        now: &Now,
         catalog: &Catalog,
         plan: Arc<Plan>,
     ) -> Result<Report> {
@@ -142,8 +145,9 @@ impl Report {
             failures: Vec::new(),
             states: Vec::new(),
             is_stopped: false,
-            started_at,
-            finished_at: SystemTime::now(),
+            clock: now.jump.map(|jump| jump.text(store)),
+            started_at: now.wall,
+            finished_at: store.clocks().wall,
             options: options.clone(),
             figures: Figures::new(store, catalog, &plan)?,
             catalog: catalog.clone(),
@@ -238,34 +242,20 @@ impl Report {
     /// not depend on the time.
     pub fn next_step(&self) -> Option<Duration> {
         let moves_on = |total: &&state::Total| matches!(total.state, State::Candidate | State::Fenced);
+        if self.states.iter().filter(moves_on).any(|total| total.due > 0) {
+            return Some(STEP_MARGIN);
+        }
         let times = self.states.iter().filter(moves_on).filter_map(|total| total.next);
-        times.min().map(|next| next.duration_since(SystemTime::now()).unwrap_or_default() + STEP_MARGIN)
+        times.min().map(|next| next.duration_since(self.finished_at).unwrap_or_default() + STEP_MARGIN)
     }
 
-    /// Finds out how much garbage is how far on its way out; what was due at `now` and is no further waits for the
-    /// registry, but for what a sweep would fence now.
-    pub(super) fn set_states(
-        &mut self,
-        store: &dyn Store,
-        tables: &Tables,
-        now: SystemTime,
-        fence: &IdSet,
-    ) -> Result<()> {
+    /// Finds out how much garbage is how far on its way out at `now`.
+    pub(super) fn set_states(&mut self, store: &dyn Store, tables: &Tables, now: &Now) -> Result<()> {
         let young = self.plan.young.iter();
-        let young = young.map(|y| Unreferenced { id: y.digest, bytes: y.bytes, old_at: y.eligible_at });
-        let blobs = self.plan.items.iter().filter(|_| self.mode == Mode::DryRun).filter_map(Item::blob);
-        let (due, old): (Vec<_>, Vec<_>) = blobs.partition(|(id, _)| fence.contains(*id));
-        let old = old.into_iter().map(|(id, bytes)| Unreferenced { id, bytes, old_at: now });
-        let mut all = state::all(store, tables, young.chain(old), &self.options, now, Some(now))?;
-        all.extend(due.into_iter().map(|(id, bytes)| Standing {
-            digest: tables.digests.get(id),
-            bytes: Some(bytes),
-            state: State::Candidate,
-            since: None,
-            next: Some(now),
-            transaction: None,
-        }));
-        self.states = state::totals(&all);
+        let young = young.map(|y| Unreferenced { id: y.digest, bytes: y.bytes, old: y.eligible });
+        let old = self.plan.items.iter().filter(|_| self.mode == Mode::DryRun).filter_map(Item::blob);
+        let old = old.map(|(id, bytes)| Unreferenced { id, bytes, old: Next::Due });
+        self.states = state::totals(&state::all(store, tables, young.chain(old), &self.options, now)?);
         Ok(())
     }
 

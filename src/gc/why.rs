@@ -24,6 +24,7 @@ use super::{Options, report};
 use crate::advice::Advice;
 use crate::catalog::intern::DigestId;
 use crate::catalog::{Catalog, Manifest, Parsed};
+use crate::clock::{Next, Now};
 use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::layout::{self, Kind};
@@ -39,7 +40,7 @@ pub const FEW: usize = 10;
 const SHORTEST_PREFIX: usize = 6;
 
 /// What is known of the store.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Facts<'a> {
     /// Where ages are looked up.
     pub store: &'a dyn Store,
@@ -50,7 +51,7 @@ pub struct Facts<'a> {
     /// What was used more recently than this is no garbage yet.
     pub grace: Duration,
     /// The time to count from.
-    pub now: SystemTime,
+    pub now: Now,
 }
 
 /// The answer.
@@ -361,11 +362,15 @@ fn garbage(facts: &Facts<'_>, id: DigestId, used: Option<SystemTime>) -> Result<
         }
     }
     links.dedup();
-    let policy = Policy::new(&Options { grace: facts.grace, ..Options::default() }, facts.now);
+    let policy = Policy::new(&Options { grace: facts.grace, ..Options::default() }, &facts.now);
+    let eligible_at = |used: SystemTime| match policy.eligible(used) {
+        Next::At(time) => Some(time),
+        _ => used.checked_add(facts.grace),
+    };
     Ok(Garbage {
         reason: Reason::Unnamed,
         last_used,
-        eligible_at: last_used.map(|time| policy.eligible_at(time)),
+        eligible_at: last_used.and_then(eligible_at),
         is_eligible: last_used.is_some_and(|time| !policy.is_young(time)),
         links,
     })

@@ -17,6 +17,7 @@ use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
 use super::{Directory, Entry, Kind, Prefix, Reader, Space, Stat, Store};
+use crate::clock::Reading;
 use crate::error::{Error, Result};
 
 /// See the module.
@@ -111,6 +112,10 @@ impl<'a> Imagined<'a> {
 }
 
 impl Store for Imagined<'_> {
+    fn clocks(&self) -> Reading {
+        self.inner.clocks()
+    }
+
     fn list(&self, prefix: &Path) -> Result<Option<Vec<Entry>>> {
         let stored = match self.place(prefix) {
             Place::Stored(at) => self.inner.list(&at)?,

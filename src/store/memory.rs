@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::{Entry, Kind, Reader, Space, Stat, Store};
+use crate::clock::Reading;
 use crate::error::{Error, Result};
 
 /// A store in memory.
@@ -18,6 +19,7 @@ use crate::error::{Error, Result};
 pub struct Memory {
     objects: Mutex<BTreeMap<PathBuf, Object>>,
     clock: Mutex<Option<SystemTime>>,
+    clocks: Mutex<Option<Reading>>,
     lock: Arc<Mutex<Option<String>>>,
 }
 
@@ -45,6 +47,11 @@ impl Memory {
         *locked(&self.clock) = Some(now);
     }
 
+    /// What the clocks of the machine say from now on; times of files are another thing, see [`set_clock`](Self::set_clock).
+    pub fn set_clocks(&self, reading: Reading) {
+        *locked(&self.clocks) = Some(reading);
+    }
+
     /// Every key with its content.
     pub fn snapshot(&self) -> BTreeMap<PathBuf, Arc<[u8]>> {
         locked(&self.objects).iter().map(|(k, o)| (k.clone(), o.content.clone())).collect()
@@ -56,6 +63,10 @@ impl Memory {
 }
 
 impl Store for Memory {
+    fn clocks(&self) -> Reading {
+        locked(&self.clocks).clone().unwrap_or_else(Reading::take)
+    }
+
     fn list(&self, prefix: &Path) -> Result<Option<Vec<Entry>>> {
         let objects = locked(&self.objects);
         let mut entries: Vec<Entry> = Vec::new();
@@ -89,7 +100,9 @@ impl Store for Memory {
     }
 
     fn write(&self, path: &Path, content: &[u8]) -> Result<()> {
-        let modified = locked(&self.clock).unwrap_or_else(SystemTime::now);
+        // What regfs writes for itself has the true time.
+        let set = locked(&self.clock).filter(|_| !path.starts_with(crate::layout::OWN));
+        let modified = set.unwrap_or_else(|| self.clocks().kernel);
         locked(&self.objects).insert(path.to_path_buf(), Object { content: content.into(), modified });
         Ok(())
     }

@@ -14,6 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::{Directory, Entry, Kind, Reader, Space, Stat, Store};
+use crate::clock::Reading;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
@@ -147,6 +148,10 @@ impl Directory for PacedDirectory<'_, '_> {
 }
 
 impl Store for Paced<'_> {
+    fn clocks(&self) -> Reading {
+        self.inner.clocks()
+    }
+
     fn list(&self, prefix: &Path) -> Result<Option<Vec<Entry>>> {
         self.turn().list(prefix)
     }

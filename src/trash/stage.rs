@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use crate::clock::Moment;
+use crate::clock::{Clock, Moment, Now};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout;
@@ -22,7 +22,8 @@ use crate::store::{Store, longest_list_of_blobs};
 /// How far a sweep has come.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
-    /// How long a request of a client may be under way.
+    /// How long a request of a client may be under way, as the run said that began it. Each run goes by its own words; this is
+    /// for those that have none.
     pub drain: Duration,
     /// No link that was taken was written after this, by the clock of the storage; one that is by now was written
     /// late.
@@ -58,8 +59,9 @@ impl Stage {
     }
 
     /// One of what has moved at once and is about no blob: its drain begins.
-    pub fn removed(drain: Duration) -> Stage {
-        Stage { fenced_at: Some(Moment::now()), ..Stage::begin(drain, SystemTime::now(), Vec::new()) }
+    pub fn removed(store: &dyn Store, drain: Duration, clock: &Clock) -> Stage {
+        let stage = Stage::begin(drain, store.clocks().kernel, Vec::new());
+        Stage { fenced_at: Some(clock.now(store).moment), ..stage }
     }
 
     /// Where it stands.
@@ -72,15 +74,8 @@ impl Stage {
     }
 
     /// Whether every request that saw the links has ended when a look began at `look`.
-    pub fn is_drained(&self, look: &Moment) -> bool {
-        self.fenced_at.as_ref().is_some_and(|fenced| fenced.elapsed(look) >= self.drain)
-    }
-
-    /// Whether its bytes may be purged after a look that began at `look` found them unused, when the trash keeps things
-    /// for `keep`.
-    pub fn is_purgeable(&self, look: &Moment, keep: Duration) -> bool {
-        let is_over = |at: &Moment| at.elapsed(look) >= self.drain && at.age(look) >= keep;
-        self.quarantined_at.as_ref().is_some_and(is_over)
+    pub fn is_drained(&self, look: &Now, drain: Duration) -> bool {
+        self.fenced_at.as_ref().is_some_and(|fenced| fenced.left(look, drain, Duration::ZERO).is_zero())
     }
 
     /// Writes it into transaction `id`.

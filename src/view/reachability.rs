@@ -2,12 +2,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::node::Node;
 use super::tree::{Entries, WHY, entry, file_name, flat};
 use super::{Settings, Snapshot, View};
 use crate::catalog::intern::DigestId;
+use crate::clock::{Clock, Now};
 use crate::error::Result;
 use crate::gc::Options;
 use crate::gc::guard::gate::Gate;
@@ -124,31 +126,41 @@ impl View<'_> {
 }
 
 impl View<'_> {
-    /// Where each unreferenced blob stands, beside registries that are dealt with by `gate`; the last sweep looked at
-    /// `swept_at`.
-    pub fn standings(&self, gate: Gate, swept_at: Option<SystemTime>) -> Result<Vec<Standing>> {
+    /// What time it is.
+    pub(crate) fn now(&self) -> Now {
+        let clock = Clock::open(self.store).unwrap_or_else(|e| {
+            // Who only looks is not stopped by that.
+            log::debug!("{e}");
+            Clock::default()
+        });
+        clock.now(self.store)
+    }
+
+    /// Where each unreferenced blob stands, beside registries that are dealt with by `gate`.
+    pub fn standings(&self, gate: Gate) -> Result<Vec<Standing>> {
         let Settings { grace, drain, keep, .. } = *self.settings;
-        let options = Options { grace, drain, keep, gate, ..Options::default() };
-        let policy = Policy::new(&options, SystemTime::now());
+        let options = Options { grace, drain, keep, gate, ..Options::default() }.settled();
+        let policy = Policy::new(&options, &self.now());
         let candidates = self.snapshot.candidates(self.store).iter();
         let unreferenced = candidates.map(|c| Unreferenced {
             id: c.digest,
             bytes: c.bytes,
-            old_at: policy.eligible_at(c.last_used),
+            old: policy.eligible(c.last_used),
         });
-        state::all(self.store, &self.snapshot.catalog.tables, unreferenced, &options, policy.now, swept_at)
+        state::all(self.store, &self.snapshot.catalog.tables, unreferenced, &options, &policy.now)
     }
 
     /// From when on a sweep takes the next step with an unreferenced blob; `None` for others.
     pub(super) fn moves_on(&self, id: DigestId) -> Option<SystemTime> {
         self.snapshot.candidate(self.store, id)?;
-        let all = self.snapshot.moves_on.get_or_init(|| {
-            let standings = self.standings(Gate::Off, None).unwrap_or_else(|e| {
+        let all = self.snapshot.moves_on.get(|| {
+            let standings = self.standings(Gate::Off).unwrap_or_else(|e| {
                 log::warn!("could not look at how far garbage is: {e}");
                 Vec::new()
             });
             let digests = &self.snapshot.catalog.tables.digests;
-            standings.iter().filter_map(|s| Some((digests.find(&s.digest)?, s.next?))).collect()
+            let times = standings.iter().filter_map(|s| Some((digests.find(&s.digest)?, s.next.time()?)));
+            Arc::new(times.collect())
         });
         all.get(&id).copied()
     }

@@ -4,7 +4,6 @@ use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use super::node::Node;
 use super::{View, reachability};
@@ -93,9 +92,8 @@ impl View<'_> {
     fn summary(&self) -> String {
         let snapshot = self.snapshot;
         let catalog = &snapshot.catalog;
-        let now = SystemTime::now();
         let options = Options { grace: self.settings.grace, ..Options::default() };
-        let policy = Policy::new(&options, now);
+        let policy = Policy::new(&options, &self.now());
         let candidates = snapshot.candidates(self.store);
         let (young, eligible): (Vec<_>, Vec<_>) =
             candidates.iter().partition(|c| policy.is_young(c.last_used));
@@ -202,7 +200,7 @@ impl View<'_> {
             catalog: &self.snapshot.catalog,
             mark: self.snapshot.mark(),
             grace: self.settings.grace,
-            now: SystemTime::now(),
+            now: self.now(),
         }
     }
 

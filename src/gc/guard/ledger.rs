@@ -126,11 +126,10 @@ mod tests {
         let (store, tables) = (Memory::default(), Tables::default());
         let blob = |text: &str| tables.digests.intern(&Digest::of(Algorithm::Sha256, text.as_bytes()));
         let (a, b, c) = (blob("a"), blob("b"), blob("c"));
-        let look = || {
-            std::thread::sleep(std::time::Duration::from_millis(2));
-            Moment::now()
+        let look = |hour: u64| {
+            Moment::of_time(std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(3600 * hour))
         };
-        let (first, second, third) = (look(), look(), look());
+        let (first, second, third) = (look(1), look(2), look(3));
         let none = |_| false;
         let ledger = Ledger::read(&store, &tables).unwrap().after(&first, [a, b].into_iter(), none);
         ledger.write(&store, &tables).unwrap();

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use super::gate::{Gate, Registries};
 use crate::catalog::Catalog;
-use crate::clock::Moment;
+use crate::clock::Clock;
 use crate::error::Result;
 use crate::gc::plan::{Item, What};
 use crate::layout::{self, Kind};
@@ -75,7 +75,10 @@ fn forget_again(store: &dyn Store, registries: &dyn Registries, transaction: &Co
         }
     }
     if is_remembered {
-        let stage = crate::trash::stage::Stage { quarantined_at: Some(Moment::now()), ..stage.clone() };
+        let stage = crate::trash::stage::Stage {
+            quarantined_at: Some(Clock::open(store)?.now(store).moment),
+            ..stage.clone()
+        };
         stage.write(store, &transaction.id)?;
     }
     Ok(is_remembered)

@@ -2,13 +2,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::time::SystemTime;
 
 use super::super::forget;
 use super::gate::{Gate, Registries};
 use super::{Course, Round, claim, is_of_registry, is_to_be_forgotten, links_in};
 use crate::catalog::intern::{DigestId, IdSet};
-use crate::clock::Moment;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::gc::Progress;
@@ -81,7 +79,8 @@ impl Round<'_> {
         }
         self.forget_again(transaction, author)?;
         self.store.sync()?;
-        Stage { quarantined_at: Some(Moment::now()), ..stage }.write(self.store, &transaction.id)?;
+        Stage { quarantined_at: Some(self.clock.now(self.store).moment), ..stage }
+            .write(self.store, &transaction.id)?;
         self.store.sync()?;
         // All of it may have had to wait again.
         transaction.discard_if_empty(self.store)
@@ -139,7 +138,7 @@ impl Round<'_> {
         taken: &mut Taken,
     ) -> Result<Stage> {
         let digests: Vec<Digest> = blobs.iter().map(|blob| blob.digest).collect();
-        let again = Stage::begin(stage.drain, stage.links_until, digests.clone());
+        let again = Stage::begin(self.options.drain, stage.links_until, digests.clone());
         let (transaction, mut again) = self.begin_fence(again, author)?;
         for link in blobs.iter().flat_map(|blob| &blob.links) {
             self.store.rename(&layout::transaction(&from.id).join(link), &transaction.path_of(link))?;
@@ -158,7 +157,7 @@ impl Round<'_> {
                 }
             }
             // Links that were made here are as new as that.
-            again.links_until = SystemTime::now();
+            again.links_until = self.store.clocks().kernel;
         }
         self.end_fence(&transaction, again)?;
         Ok(rest)

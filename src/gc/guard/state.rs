@@ -1,25 +1,28 @@
 //! Where garbage stands on its way out, and when it moves on: for reports, `control/status` and
 //! `reachability/unreachable/state`.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
 use serde::Serialize;
 
 use super::gate::Gate;
+use super::is_remembered;
 use super::ledger::Ledger;
 use crate::catalog::Tables;
 use crate::catalog::intern::DigestId;
+use crate::clock::{Moment, Next, Now, promised};
 use crate::digest::Digest;
 use crate::error::{Result, count};
 use crate::gc::Options;
 use crate::gc::report::timestamp;
 use crate::layout::{self, Kind};
+use crate::manifest::MAX_SIZE;
 use crate::store::Store;
-use crate::trash;
-use crate::trash::stage::Step;
+use crate::trash::stage::{Stage, Step};
+use crate::trash::{self, Contents, Record};
 
 /// Where a blob stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -58,8 +61,8 @@ pub struct Standing {
     pub state: State,
     /// Since when; `None` where the next run will be the first to see it.
     pub since: Option<SystemTime>,
-    /// From when on a run takes the next step; `None` where that does not depend on the time.
-    pub next: Option<SystemTime>,
+    /// When a run takes the next step.
+    pub next: Next,
     /// The transaction that it lies in or is to follow its links to.
     pub transaction: Option<String>,
 }
@@ -72,77 +75,164 @@ pub struct Unreferenced {
     /// Bytes.
     pub bytes: u64,
     /// From when on its file times call it old enough.
-    pub old_at: SystemTime,
+    pub old: Next,
 }
 
-/// Everything on its way out at `now`: `unreferenced` blobs in the store, and what the trash holds of sweeps; what was due
-/// when a sweep looked at `swept_at` and is no further waits for the registry.
+/// Everything on its way out at `now`, going by what `options` say: `unreferenced` blobs in the store, and what the trash
+/// holds of sweeps.
 pub fn all(
     store: &dyn Store,
     tables: &Tables,
     unreferenced: impl Iterator<Item = Unreferenced>,
     options: &Options,
-    now: SystemTime,
-    swept_at: Option<SystemTime>,
+    now: &Now,
 ) -> Result<Vec<Standing>> {
+    let options = &options.settled();
+    let mut unreferenced: HashMap<DigestId, Unreferenced> =
+        unreferenced.map(|blob| (blob.id, blob)).collect();
     let mut found = Vec::new();
-    let mut staged: HashSet<Digest> = HashSet::new();
     for transaction in trash::contents(store)?.into_iter().filter(|t| t.is_swept()) {
         let stage = transaction.stage.as_ref().and_then(|stage| stage.as_ref().ok());
-        let began =
-            transaction.record.as_ref().ok().and_then(|record| humantime::parse_rfc3339(&record.time).ok());
-        let step = stage.map_or(Step::Quarantined, |stage| stage.step());
-        let (state, since, wait) = match stage {
-            Some(stage) if step == Step::Quarantined => (
-                State::Quarantined,
-                stage.quarantined_at.as_ref().map(|at| at.wall()),
-                options.keep.max(stage.drain),
-            ),
-            Some(stage) => (State::Fenced, stage.fenced_at.as_ref().map(|at| at.wall()), stage.drain),
-            None => (State::Quarantined, began, options.keep),
-        };
-        let next = since.and_then(|since| since.checked_add(wait));
-        let standing = |digest: Digest, state: State, place: &Path| -> Result<Standing> {
+        let standing = |digest: Digest,
+                        state: State,
+                        next: Next,
+                        since: Option<Moment>,
+                        place: &Path|
+         -> Result<Standing> {
             let bytes = match store.stat(place) {
                 Err(e) if e.is_damage() => None,
                 stat => stat?.map(|stat| stat.size),
             };
-            Ok(Standing { digest, bytes, state, since, next, transaction: Some(transaction.id.clone()) })
+            let (since, transaction) = (since.map(|at| at.wall()), Some(transaction.id.clone()));
+            Ok(Standing { digest, bytes, state, since, next, transaction })
+        };
+        let next = purged(&transaction, options, now);
+        let since = match stage {
+            Some(stage) => stage.quarantined_at.clone().or(stage.fenced_at.clone()),
+            None => transaction.record.as_ref().ok().and_then(Record::began),
         };
         for path in &transaction.files {
             if let Kind::Blob(digest) = layout::classify(path) {
-                found.push(standing(digest, State::Quarantined, &transaction.path_of(path))?);
+                let place = transaction.path_of(path);
+                found.push(standing(digest, State::Quarantined, next, since.clone(), &place)?);
             }
         }
-        if step != Step::Quarantined {
-            for digest in transaction.staged().iter().filter(|d| !transaction.holds(&layout::blob_data(d))) {
-                staged.insert(*digest);
-                found.push(standing(*digest, state, &layout::blob_data(digest))?);
-            }
+        let Some(stage) = stage.filter(|stage| stage.step() != Step::Quarantined) else { continue };
+        for digest in stage.blobs.iter().filter(|digest| !transaction.holds(&layout::blob_data(digest))) {
+            let in_store = tables.digests.find(digest).and_then(|id| unreferenced.remove(&id));
+            let next = match options.gate {
+                // The bytes are where they were, and go by their age.
+                Gate::Stopped(_) => in_store.map_or(Next::Open, |blob| blob.old),
+                _ => quarantined(stage, options, now),
+            };
+            found.push(standing(
+                *digest,
+                State::Fenced,
+                next,
+                stage.fenced_at.clone(),
+                &layout::blob_data(digest),
+            )?);
         }
     }
     let ledger = Ledger::read(store, tables)?;
-    for Unreferenced { id, bytes, old_at } in unreferenced {
-        let digest = tables.digests.get(id);
-        if staged.contains(&digest) {
-            continue;
-        }
-        let since = ledger.since(id).map(|since| since.wall());
-        let next = match options.gate {
-            // At once, all of it.
-            Gate::Stopped(_) => Some(old_at),
-            _ => since.unwrap_or(old_at.max(now)).checked_add(options.grace).map(|next| next.max(old_at)),
-        };
-        let state = match (&options.gate, next) {
-            // With a probe these are manifests.
-            (Gate::Stop { .. } | Gate::Probe(_), Some(next)) if swept_at.is_some_and(|at| next <= at) => {
-                State::WaitingForRegistry
-            }
-            _ => State::Candidate,
-        };
-        found.push(Standing { digest, bytes: Some(bytes), state, since, next, transaction: None });
+    let mut left: Vec<Unreferenced> = unreferenced.into_values().collect();
+    left.sort_unstable_by_key(|blob| tables.digests.get(blob.id));
+    for blob in left {
+        found.push(candidate(store, tables, &ledger, blob, options, now)?);
     }
     Ok(found)
+}
+
+fn candidate(
+    store: &dyn Store,
+    tables: &Tables,
+    ledger: &Ledger,
+    blob: Unreferenced,
+    options: &Options,
+    now: &Now,
+) -> Result<Standing> {
+    let Unreferenced { id, bytes, old } = blob;
+    let digest = tables.digests.get(id);
+    let next = match options.gate {
+        // At once, all of it.
+        Gate::Stopped(_) => old,
+        _ => old.and(leaves(ledger, id, options, now)),
+    };
+    let (state, next) = match next {
+        Next::Due if !may_take(store, &options.gate, &digest, bytes)? => {
+            (State::WaitingForRegistry, Next::Open)
+        }
+        next => (State::Candidate, next),
+    };
+    let since = ledger.since(id).map(|since| since.wall());
+    Ok(Standing { digest, bytes: Some(bytes), state, since, next, transaction: None })
+}
+
+/// When an unreferenced blob may leave the store beside a registry, by what was seen of it.
+pub(super) fn leaves(ledger: &Ledger, id: DigestId, options: &Options, now: &Now) -> Next {
+    // The next run is the first to see it otherwise.
+    let since = ledger.since(id).unwrap_or(&now.moment);
+    since.over(now, options.drain, options.grace)
+}
+
+/// When the bytes of what is fenced move.
+fn quarantined(stage: &Stage, options: &Options, now: &Now) -> Next {
+    match options.gate {
+        Gate::Off | Gate::Probe(_) => {
+            let since = stage.fenced_at.as_ref().unwrap_or(&now.moment);
+            since.over(now, options.drain, Duration::ZERO)
+        }
+        Gate::Stop { .. } | Gate::Stopped(_) => Next::Open,
+    }
+}
+
+/// When a run purges a transaction by itself.
+pub(in crate::gc) fn purged(transaction: &Contents, options: &Options, now: &Now) -> Next {
+    match options.gate.is_beside() {
+        true if is_remembered(transaction, &options.gate).is_some() => Next::Open,
+        true => transaction.kept_until(now, Some(options.drain), options.keep),
+        false => transaction.kept_until(now, None, options.keep),
+    }
+}
+
+/// When the blobs that sweeps are about move on.
+pub(super) fn moves_on(transactions: &[Contents], options: &Options, now: &Now) -> HashMap<Digest, Next> {
+    let stages = transactions.iter().filter_map(|t| t.stage.as_ref()?.as_ref().ok());
+    let of_stage = |stage: &Stage| {
+        let next = quarantined(stage, options, now);
+        stage.blobs.iter().map(|digest| (*digest, next)).collect::<Vec<_>>()
+    };
+    stages.flat_map(of_stage).collect()
+}
+
+/// Whether a blob may leave the store in steps, as far as registries are concerned.
+pub(super) fn may_take(store: &dyn Store, gate: &Gate, digest: &Digest, bytes: u64) -> Result<bool> {
+    match gate {
+        Gate::Off | Gate::Stopped(_) => Ok(true),
+        Gate::Probe(probe) => Ok(probe.0.forgets_bytes() || !may_be_manifest(store, digest, bytes)?),
+        Gate::Stop { .. } => Ok(false),
+    }
+}
+
+/// Whether a registry may know a blob as a manifest.
+fn may_be_manifest(store: &dyn Store, digest: &Digest, bytes: u64) -> Result<bool> {
+    if bytes > MAX_SIZE as u64 {
+        return Ok(false);
+    }
+    let content = match store.read(&layout::blob_data(digest), MAX_SIZE) {
+        Err(e) if e.is_damage() => return Ok(true),
+        content => content?,
+    };
+    let Some((bytes, _)) = content else { return Ok(true) };
+    if !bytes.trim_ascii_start().starts_with(b"{") {
+        return Ok(false);
+    }
+    // Every type of manifest that a registry takes has this; no config of an image does.
+    match serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&bytes) {
+        Ok(fields) => Ok(fields.keys().any(|key| key.eq_ignore_ascii_case("schemaVersion"))),
+        // Registries read what is no JSON for us: invalid UTF-8, deep nesting, large numbers.
+        Err(_) => Ok(true),
+    }
 }
 
 /// How many there are in one state.
@@ -154,7 +244,9 @@ pub struct Total {
     pub blobs: usize,
     /// Their bytes.
     pub bytes: u64,
-    /// When the first of them moves on, RFC 3339; `null` where that does not depend on the time.
+    /// So many of them move on with the next run.
+    pub due: usize,
+    /// When the first of the others does, RFC 3339; `null` where that is not a matter of time.
     #[serde(serialize_with = "rfc3339")]
     pub next: Option<SystemTime>,
 }
@@ -170,7 +262,8 @@ pub fn totals(standings: &[Standing]) -> Vec<Total> {
             state,
             blobs: of_state().count(),
             bytes: of_state().filter_map(|s| s.bytes).sum(),
-            next: of_state().filter_map(|s| s.next).min(),
+            due: of_state().filter(|s| s.next == Next::Due).count(),
+            next: of_state().filter_map(|s| s.next.time()).min(),
         }
     };
     states.into_iter().map(total).collect()
@@ -181,37 +274,45 @@ impl Total {
     pub fn text(&self, gate: &Gate) -> String {
         let what = count(self.blobs, "blob");
         let bytes = if self.bytes == 0 { String::new() } else { format!(" ({})", ByteSize::b(self.bytes)) };
-        let next = self.next.map_or_else(|| "the first that sees it".to_string(), timestamp);
-        match self.state {
-            State::Candidate if !gate.is_beside() => {
-                format!("candidate: {what}{bytes}, taken from {next} on")
+        let word = self.state.word().replace('-', " ");
+        let step = match (self.state, gate) {
+            (State::WaitingForRegistry, Gate::Probe(_)) => {
+                ", which may be a manifest that it remembers: taken by a run while it is stopped ({+registry-stopped})".to_string()
             }
-            State::Candidate => {
-                format!("candidate: {what}{bytes}, fenced by a run after {next} if still unused")
+            (State::WaitingForRegistry, _) => String::new(),
+            (State::Candidate, Gate::Stopped(_)) | (State::Fenced, Gate::Stopped(_)) => self.step("taken", ""),
+            (State::Candidate, _) => self.step("fenced", " if still unused"),
+            (State::Fenced, Gate::Stop { .. }) => ", goes on when the registry is known".to_string(),
+            (State::Fenced, _) => self.step("quarantined", ""),
+            (State::Quarantined, _) => self.step("purged", ""),
+        };
+        format!("{word}: {what}{bytes}{step}")
+    }
+
+    /// Which run does it.
+    fn step(&self, done: &str, unless: &str) -> String {
+        let next = self.next.map(promised);
+        match (self.due, next) {
+            (0, None) => String::new(),
+            (0, Some(next)) => format!(", {done} by a run after {next}{unless}"),
+            (due, None) if due == self.blobs => format!(", {done} by the next run{unless}"),
+            (due, None) => format!(", {due} {done} by the next run{unless}"),
+            (due, Some(next)) => {
+                format!(", {due} {done} by the next run, others by one after {next}{unless}")
             }
-            State::WaitingForRegistry => match gate {
-                Gate::Probe(_) => format!(
-                    "waiting for the registry: {what}{bytes}, which may be a manifest that it remembers: taken by a run while it is \
-                     stopped ({{+registry-stopped}})"
-                ),
-                _ => format!("waiting for the registry: {what}{bytes}"),
-            },
-            State::Fenced => format!("fenced: {what}{bytes}, quarantined by a run after {next}"),
-            State::Quarantined => format!("quarantined: {what}{bytes}, purged by a run after {next}"),
         }
     }
 }
 
-/// A line for each, with a line of titles: digest, bytes (`-`: not there), state, since when, when it moves on (`-`:
-/// not a matter of time), transaction.
+/// A line for each, with a line of titles: digest, bytes (`-`: not there), state, since when, when it moves on (`due`: with
+/// the next run, `-`: not a matter of time), transaction.
 pub fn table(standings: &[Standing]) -> String {
     let mut text = String::from("digest\tbytes\tstate\tsince\tnext\ttransaction\n");
-    let time = |time: Option<SystemTime>| time.map_or_else(|| "-".to_string(), timestamp);
     for standing in standings {
         let Standing { digest, bytes, state, since, next, transaction } = standing;
         let bytes = bytes.map_or_else(|| "-".to_string(), |bytes| bytes.to_string());
         let transaction = transaction.as_deref().unwrap_or("-");
-        let (since, next) = (time(*since), time(*next));
+        let since = since.map_or_else(|| "-".to_string(), timestamp);
         text += &format!("{digest}\t{bytes}\t{}\t{since}\t{next}\t{transaction}\n", state.word());
     }
     text
@@ -221,5 +322,5 @@ fn rfc3339<S: serde::Serializer>(
     time: &Option<SystemTime>,
     serializer: S,
 ) -> std::result::Result<S::Ok, S::Error> {
-    time.map(timestamp).serialize(serializer)
+    time.map(promised).serialize(serializer)
 }

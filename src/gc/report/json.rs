@@ -6,6 +6,7 @@ use serde::{Serialize, Serializer};
 
 use super::{Mode, Report, timestamp};
 use crate::advice::Place;
+use crate::clock::promised;
 use crate::digest::Digest;
 use crate::gc::guard::state::Total;
 use crate::gc::plan::ItemKind;
@@ -90,7 +91,7 @@ struct TakenItem {
 struct KeptYoung {
     digest: Digest,
     bytes: u64,
-    eligible_at: String,
+    eligible_at: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -158,7 +159,7 @@ impl Serialize for Young<'_> {
         serializer.collect_seq(plan.young.iter().map(|young| KeptYoung {
             digest: catalog.digest(young.digest),
             bytes: young.bytes,
-            eligible_at: timestamp(young.eligible_at),
+            eligible_at: young.eligible.time().map(promised),
         }))
     }
 }
@@ -169,7 +170,7 @@ impl Serialize for YoungManifests<'_> {
         serializer.collect_seq(plan.young_manifests.iter().map(|young| KeptYoungManifest {
             repository: catalog.name(young.repository).to_string_lossy().into_owned(),
             digest: catalog.digest(young.digest),
-            eligible_at: young.eligible_at.map(timestamp),
+            eligible_at: young.eligible_at.map(promised),
         }))
     }
 }

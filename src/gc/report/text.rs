@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use super::figures::Usage;
 use super::{Mode, Report, Total, human, timestamp};
 use crate::advice::{Advice, Place};
+use crate::clock::{Next, promised};
 use crate::error::count;
 use crate::gc::plan::{Item, ItemKind};
 use crate::keeper::Kept;
@@ -170,8 +171,12 @@ impl Report {
         }
         for young in &self.plan.young {
             let (digest, bytes) = (tables.digests.get(young.digest), human(young.bytes));
-            let from = timestamp(young.eligible_at);
-            writeln!(out, "young {digest} {bytes}: no manifest names it; may be taken from {from}")?;
+            let when = match young.eligible {
+                Next::At(_) => format!("may be taken from {} on", young.eligible),
+                Next::Due => "may be taken by the next run".to_string(),
+                Next::Open => "waits for the registry".to_string(),
+            };
+            writeln!(out, "young {digest} {bytes}: no manifest names it; {when}")?;
         }
         if self.listed().next().is_some() || !self.plan.young.is_empty() {
             writeln!(out)?;
@@ -291,14 +296,14 @@ impl Report {
             }
             return self.write_future(out);
         }
-        if let Some(next) = self.plan.young.iter().map(|y| y.eligible_at).min() {
+        if let Some(next) = self.plan.young.iter().filter_map(|y| y.eligible.time()).min() {
             writeln!(
                 out,
                 "left {} ({}) younger than the grace period of {}; the next may be taken from {}",
                 count(self.plan.young.len(), "unreferenced blob"),
                 human(self.plan.young.iter().map(|y| y.bytes).sum()),
                 age(self.options.grace),
-                timestamp(next),
+                promised(next),
             )?;
         }
         self.write_future(out)
@@ -306,13 +311,11 @@ impl Report {
 
     /// Garbage that its times make younger than it can be.
     fn write_future(&self, out: &mut dyn Write) -> io::Result<()> {
-        let blobs = self.plan.young.iter().map(|y| (y.eligible_at, self.options.grace));
+        let blobs = self.plan.young.iter().filter_map(|young| young.last_used);
         let age = self.options.grace.max(self.options.untagged_for);
-        let manifests = self.plan.young_manifests.iter().filter_map(|y| Some((y.eligible_at?, age)));
-        let in_future = |(eligible_at, age): (SystemTime, Duration)| {
-            eligible_at.checked_sub(age).filter(|last_used| *last_used > self.started_at + CLOCKS_DIFFER)
-        };
-        let times: Vec<SystemTime> = blobs.chain(manifests).filter_map(in_future).collect();
+        let manifests = self.plan.young_manifests.iter().filter_map(|y| y.eligible_at?.checked_sub(age));
+        let is_in_future = |last_used: &SystemTime| *last_used > self.started_at + CLOCKS_DIFFER;
+        let times: Vec<SystemTime> = blobs.chain(manifests).filter(is_in_future).collect();
         match times.iter().max() {
             None => Ok(()),
             Some(last) => writeln!(
@@ -334,7 +337,7 @@ impl Report {
         let age = age(self.options.grace.max(self.options.untagged_for));
         let next = young.iter().filter_map(|manifest| manifest.eligible_at).min();
         let from =
-            next.map_or_else(String::new, |next| format!("; the next may be taken from {}", timestamp(next)));
+            next.map_or_else(String::new, |next| format!("; the next may be taken from {}", promised(next)));
         writeln!(out, "left {} younger than {age} (grace){from}", count(young.len(), "untagged manifest"))
     }
 
