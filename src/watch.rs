@@ -123,6 +123,17 @@ impl Watch {
         Ok(Watch(Source::Tree(Tree::new(root)?)))
     }
 
+    /// One that fails at the first question, as one does of whose queue the kernel can tell no more.
+    #[cfg(test)]
+    pub(crate) fn failing() -> io::Result<Watch> {
+        let directory = || std::fs::File::open("/").map(OwnedFd::from);
+        Ok(Watch(Source::Filesystem(Filesystem {
+            events: directory()?,
+            root: directory()?,
+            buffer: vec![0; BUFFER],
+        })))
+    }
+
     /// Makes a change in the storage's own directory, and fails unless the kernel tells of it. What else it tells meanwhile
     /// is lost, so everything has to be looked at afterwards.
     pub fn prove(mut self, store: &dyn Store) -> crate::error::Result<Watch> {

@@ -34,6 +34,13 @@ fn store() -> Store {
     store
 }
 
+/// What a script says first that has a mount namespace of its own: others could not end the mounts that it has by that.
+fn leave_others_alone(but: &str) -> String {
+    format!(
+        "awk '$3 == \"fuse.regfs\" && $2 != \"{but}\" {{ print $2 }}' /proc/self/mounts | xargs -r -n 1 umount -l"
+    )
+}
+
 /// Runs a script in a mount namespace of its own, with regfs installed as mount(8) looks for it; all mounts end with
 /// it. `$STORE` and `$POINT` are set.
 fn with_mount_helper(store: &Store, script: &str) -> Outcome {
@@ -42,11 +49,12 @@ fn with_mount_helper(store: &Store, script: &str) -> Outcome {
         fs::create_dir(dir.path().join(name)).unwrap();
     }
     let prepared = format!(
-        "set -e; layer={dir}/layer; POINT={dir}/point; STORE={store}
+        "{others}; set -e; layer={dir}/layer; POINT={dir}/point; STORE={store}
          mount -t tmpfs none $layer; mkdir $layer/upper $layer/work
          mount -t overlay -o lowerdir=/usr/sbin,upperdir=$layer/upper,workdir=$layer/work none /usr/sbin
          ln -s {REGFS} /usr/sbin/mount.regfs; ln -s {REGFS} /usr/sbin/regfs
          {script}",
+        others = leave_others_alone("none"),
         dir = dir.path().display(),
         store = store.root().display(),
     );

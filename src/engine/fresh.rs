@@ -244,3 +244,65 @@ fn watching(engine: &Weak<Engine>, events: &OwnedFd) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::path::Path;
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::store::Store;
+    use crate::store::memory::Memory;
+    use crate::view::Settings;
+
+    #[derive(Default)]
+    struct Remembers(std::sync::atomic::AtomicBool);
+
+    impl Listener for Remembers {
+        fn forget(&self, stale: Stale) {
+            self.0.fetch_or(stale.everything, Ordering::SeqCst);
+        }
+
+        fn settle(&self) {}
+    }
+
+    /// An engine whose kernel tells, until somebody asks.
+    fn watching() -> (Arc<Engine>, Arc<Remembers>) {
+        let settings = Settings {
+            read_only: true,
+            uid: 0,
+            gid: 0,
+            grace: Duration::ZERO,
+            drain: Duration::ZERO,
+            keep: Duration::ZERO,
+            rate: None,
+            mounted_at: SystemTime::now(),
+        };
+        let memory = Memory::default();
+        memory.write(Path::new("repositories/app/_manifests/x"), b"").unwrap();
+        let engine = Arc::new(Engine::new(Arc::new(memory), settings).unwrap());
+        let remembers = Arc::<Remembers>::default();
+        engine.set_listener(remembers.clone());
+        engine.begin_watch(Watch::failing().unwrap()).unwrap();
+        assert!(engine.status().contains("\"events\""));
+        (engine, remembers)
+    }
+
+    #[test]
+    fn a_watch_that_is_lost_is_no_longer_relied_on() {
+        let ways: [fn(&Engine); 3] = [
+            |engine| engine.refresh(&mut locked(&engine.changing)),
+            |engine| engine.refresh_whole(&mut locked(&engine.changing)),
+            |engine| engine.refresh_now(),
+        ];
+        for way in ways {
+            let (engine, remembers) = watching();
+            way(&engine);
+            assert!(!engine.is_watching() && remembers.0.load(Ordering::SeqCst));
+            let status = engine.status();
+            assert!(status.contains("\"looks\"") && status.contains("directory"), "{status}");
+        }
+    }
+}

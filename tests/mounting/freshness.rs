@@ -8,7 +8,7 @@ use super::common::mount::Mount;
 use super::common::run::{Bounded, clean, regfs, sh};
 use super::common::store::Store;
 use super::common::{NOBODY, have, scratch, wait_for};
-use super::{LIMIT, store};
+use super::{LIMIT, leave_others_alone, store};
 
 fn freshness(mount: &Mount) -> (String, String) {
     let status: serde_json::Value = serde_json::from_str(&mount.read("control/status")).unwrap();
@@ -59,9 +59,10 @@ fn a_part_on_a_mount_of_its_own_is_looked_at() {
     }
     let (store, dir) = (store(), scratch());
     let script = format!(
-        "set -e; mkdir {dir}/blobs {dir}/point; cp -a {root}/blobs/. {dir}/blobs; mount --bind {dir}/blobs {root}/blobs
+        "{others}; set -e; mkdir {dir}/blobs {dir}/point; cp -a {root}/blobs/. {dir}/blobs; mount --bind {dir}/blobs {root}/blobs
          {REGFS} mount --read-only {store} {dir}/point; sleep 1; grep freshness {dir}/point/control/status; {REGFS} umount {dir}/point",
         REGFS = super::REGFS,
+        others = leave_others_alone("none"),
         dir = dir.path().display(),
         store = store.root().display(),
         root = store.root().join("docker/registry/v2").display(),
@@ -165,11 +166,12 @@ fn other_users_mount_what_they_may_read() {
     std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
     // In a mount namespace in which everybody may open the device, as on most machines.
     let script = format!(
-        "set -e; mount -t tmpfs none /mnt; mknod /mnt/fuse c 10 229; chmod 666 /mnt/fuse; mount --bind /mnt/fuse /dev/fuse
+        "{others}; set -e; mount -t tmpfs none /mnt; mknod /mnt/fuse c 10 229; chmod 666 /mnt/fuse; mount --bind /mnt/fuse /dev/fuse
          exec setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups sh -e -c '
              {REGFS} mount {store} {point}; ls {point}/images {point}/trash; grep read_only {point}/control/status
              {REGFS} umount {point}; {REGFS} gc --dry-run {store} > /dev/null; {REGFS} trash {store} list'",
         REGFS = super::REGFS,
+        others = leave_others_alone("none"),
         store = store.root().display(),
         point = dir.path().display(),
     );

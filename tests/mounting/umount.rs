@@ -11,7 +11,7 @@ use super::common::mount::{Mount, is_mounted};
 use super::common::run::{Bounded, Outcome, clean, regfs, sh};
 use super::common::store::Store;
 use super::common::{have, wait_for};
-use super::{LIMIT, is_alive, store};
+use super::{LIMIT, is_alive, leave_others_alone, store};
 
 /// A process that is ended with the test.
 struct Ends(Child);
@@ -24,11 +24,12 @@ impl Drop for Ends {
     }
 }
 
-/// A process in a mount namespace of its own, which has a mount of its own of everything.
-fn container() -> Ends {
-    let script = "echo; exec sleep 1000";
+/// A process in a mount namespace of its own, which has a mount of its own of `mount`; not of those of other tests.
+fn container(mount: &Mount) -> Ends {
+    let script =
+        format!("{}; echo; exec sleep 1000", leave_others_alone(&mount.point().display().to_string()));
     let mut command = clean("unshare");
-    command.args(["--mount", "--propagation", "private", "sh", "-c", script]);
+    command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
     // It says so when it has them.
     let mut said = [0];
@@ -87,7 +88,7 @@ fn a_mount_that_a_container_holds_is_not_said_to_be_gone() {
     }
     let store = store();
     let mount = sweeping(&store);
-    let (daemon, holder) = (mount.pid(), container());
+    let (daemon, holder) = (mount.pid(), container(&mount));
     let said = umount(&mount, &[]).exits(3);
     assert!(!is_mounted(mount.point()) && is_alive(daemon), "{said}");
     let point = mount.point().display();
@@ -200,10 +201,11 @@ fn a_mount_that_was_moved_keeps_its_place() {
     let store = store();
     let dir = super::common::scratch();
     let script = format!(
-        "set -e; cd {dir}; mkdir a b; {REGFS} mount --grace 0 --sweep-every 1h --log-file {dir}/log {store} {dir}/a
+        "{others}; set -e; cd {dir}; mkdir a b; {REGFS} mount --grace 0 --sweep-every 1h --log-file {dir}/log {store} {dir}/a
          mount --make-private {dir}/a; mount --move {dir}/a {dir}/b; sleep 0.5
          grep next_sweep {dir}/b/control/status; cat {dir}/log; {REGFS} umount {dir}/b",
         REGFS = super::REGFS,
+        others = leave_others_alone("none"),
         store = store.root().display(),
         dir = dir.path().display(),
     );

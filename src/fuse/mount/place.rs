@@ -24,8 +24,8 @@ const SETTLES: Duration = Duration::from_millis(50);
 pub(super) struct Identity {
     /// `major:minor` of the filesystem.
     pub(super) device: String,
-    /// The number of this mount of it.
-    id: u64,
+    /// The number of this mount of it; `None` where the kernel does not tell (before 5.8).
+    id: Option<u64>,
 }
 
 impl Identity {
@@ -33,14 +33,15 @@ impl Identity {
     pub(super) fn of(directory: impl AsFd, path: &Path) -> rustix::io::Result<Identity> {
         let there =
             statx(directory, path, AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)?;
+        let id = StatxFlags::from_bits_retain(there.stx_mask).contains(StatxFlags::MNT_ID);
         Ok(Identity {
             device: format!("{}:{}", there.stx_dev_major, there.stx_dev_minor),
-            id: there.stx_mnt_id,
+            id: id.then_some(there.stx_mnt_id),
         })
     }
 
     fn is(&self, mount: &MountEntry) -> bool {
-        (mount.id, &mount.device) == (self.id, &self.device)
+        mount.device == self.device && self.id.is_none_or(|id| id == mount.id)
     }
 }
 

@@ -3,10 +3,8 @@
 //! The name of a mount goes in one mount namespace. A container may have a mount of its own of the same filesystem, and
 //! somebody may be inside one whose name was taken away: the daemon serves them until the last of them leaves.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -19,8 +17,10 @@ use crate::printable::Printable;
 
 /// How long a daemon may take to end that nobody is seen to use.
 const ENDS: Duration = Duration::from_secs(10);
-/// The same of one that is in use.
-const ENDS_IN_USE: Duration = Duration::from_millis(500);
+/// The same of one that is in use: services that begin have mounts of their own of everything for a moment.
+const ENDS_IN_USE: Duration = Duration::from_secs(3);
+/// The same where that is expected.
+const ENDS_LAZILY: Duration = Duration::from_millis(500);
 
 /// What an unmount has left, in words; empty when the daemon has ended.
 pub struct Left(pub String);
@@ -40,7 +40,8 @@ pub fn umount(mountpoint: &Path, lazy: bool) -> Result<Left> {
         libc::EBUSY => Error::Busy { why: in_use(&mount) },
         _ => e,
     })?;
-    Ok(Left(daemon.map_or_else(String::new, |daemon| wait_for_end(daemon, &mount))))
+    let patience = if lazy { ENDS_LAZILY } else { ENDS_IN_USE };
+    Ok(Left(daemon.map_or_else(String::new, |daemon| wait_for_end(daemon, &mount, patience))))
 }
 
 /// Takes the name of a mount away at once; who is inside may stay until they leave.
@@ -80,12 +81,12 @@ fn fusermount(mountpoint: &Path, flags: &[&str]) -> Result<()> {
     }
 }
 
-/// Waits for a daemon whose mount has lost its name; says what keeps it if it does not end.
-fn wait_for_end(daemon: u32, mount: &MountEntry) -> String {
+/// Waits for a daemon whose mount has lost its name, with `patience` for its users; says what keeps it if it does not end.
+fn wait_for_end(daemon: u32, mount: &MountEntry, patience: Duration) -> String {
     let began = Instant::now();
     loop {
         let Some(state) = state_of(daemon) else { return String::new() };
-        let users = match began.elapsed() >= ENDS_IN_USE {
+        let users = match began.elapsed() >= patience {
             true => users::users(mount),
             false => Vec::new(),
         };
@@ -133,22 +134,31 @@ fn state_of(pid: u32) -> Option<char> {
     (!matches!(state, 'Z' | 'X')).then_some(state)
 }
 
-/// The process that serves a mount. Its guardian says so, without a question to a daemon that may be stopped; where there
-/// is none, the mount itself. `None` when it does not answer, which is no obstacle to unmounting.
+/// The process that serves a mount: the parent of its guardian, so that no question goes to a daemon that may be stopped;
+/// where there is none, the mount itself says so. `None` when it does not answer, which is no obstacle to unmounting.
 fn daemon_of(mount: &MountEntry) -> Option<u32> {
-    let guardian = users::processes().into_iter().find_map(|pid| {
-        let dir = std::path::PathBuf::from(format!("/proc/{pid}"));
-        let owner = std::fs::metadata(&dir).ok()?.uid();
-        // Anybody can start a process that looks like one.
-        let words = std::fs::read(dir.join("cmdline")).ok().filter(|_| mount.user == Some(owner))?;
-        let words: Vec<&[u8]> = words.split(|b| *b == 0).collect();
-        let [b"regfs", b"guardian", daemon, device, ..] = words.as_slice() else { return None };
-        let daemon = std::str::from_utf8(daemon).ok()?.parse().ok()?;
-        (OsStr::from_bytes(device) == mount.device.as_str()).then_some(daemon)
-    });
-    guardian.or_else(|| {
+    let guardian = users::processes().into_iter().find(|pid| is_guardian(*pid, mount));
+    guardian.and_then(parent).or_else(|| {
         let status = std::fs::read(mount.place.join("control/status")).ok()?;
         let status: serde_json::Value = serde_json::from_slice(&status).ok()?;
         status.get("pid")?.as_u64()?.try_into().ok()
     })
+}
+
+fn is_guardian(pid: u32, mount: &MountEntry) -> bool {
+    let dir = PathBuf::from(format!("/proc/{pid}"));
+    let words = std::fs::read(dir.join("cmdline")).unwrap_or_default();
+    let words: Vec<&[u8]> = words.split(|b| *b == 0).collect();
+    let [b"regfs", b"guardian", _, device, ..] = words.as_slice() else { return false };
+    // Anybody can start a process that looks like one.
+    let is_owned = std::fs::metadata(&dir).is_ok_and(|dir| mount.user == Some(dir.uid()));
+    is_owned && *device == mount.device.as_bytes()
+}
+
+/// As we number processes: a daemon in a container has another number there. `None` of one whose parent has ended.
+fn parent(pid: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let parent = stat.rsplit(')').next()?.split_whitespace().nth(1)?.parse().ok()?;
+    let program = |pid: u32| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+    (program(parent)? == program(pid)?).then_some(parent)
 }
