@@ -324,3 +324,76 @@ fn rfc3339<S: serde::Serializer>(
 ) -> std::result::Result<S::Ok, S::Error> {
     time.map(promised).serialize(serializer)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+    use crate::clock::Reading;
+    use crate::digest::Algorithm;
+    use crate::gc::{self, Unwatched};
+    use crate::store::memory::Memory;
+    use crate::trash::Author;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    /// A registry with a blob of garbage, and what its clocks say.
+    fn store() -> (Memory, Reading) {
+        let (store, reading) = (Memory::default(), Reading::take());
+        store.set_clocks(reading.clone());
+        store.write(&layout::repository("app".as_ref()).join("_uploads/1/startedat"), b"").unwrap();
+        let blob = layout::blob_data(&Digest::of(Algorithm::Sha256, b"garbage"));
+        store.write(&blob, b"garbage").unwrap();
+        (store, reading)
+    }
+
+    /// Where the blob stands after a run at `reading`.
+    fn run(store: &Memory, reading: &Reading, options: &Options) -> Vec<Total> {
+        store.set_clocks(reading.clone());
+        let author = Author { uid: 0, pid: 1, command: "test".to_string() };
+        let report = gc::run(store, &Tables::default(), options, &author, &Unwatched).unwrap();
+        assert!(report.is_complete(), "{:?}", report.failures);
+        report.states
+    }
+
+    fn options(drain: Duration, keep: Duration) -> Options {
+        Options { gate: Gate::Off, grace: 60 * MINUTE, drain, keep, ..Options::default() }
+    }
+
+    #[test]
+    fn what_is_promised_is_what_a_sweep_does_and_not_a_moment_earlier() {
+        let (store, begin) = store();
+        let words = options(10 * MINUTE, 600 * MINUTE);
+        let mut reading = begin.clone();
+        for state in [State::Candidate, State::Fenced, State::Quarantined] {
+            let after = run(&store, &reading, &words);
+            let [total] = after.as_slice() else { panic!("{after:?}") };
+            assert_eq!((total.state, total.due), (state, 0));
+            let shown = run(&store, &reading, &Options { dry_run: true, ..words.clone() });
+            assert_eq!(shown, after, "a dry run says the same");
+            let wait = total.next.unwrap().duration_since(reading.wall).unwrap();
+            let before = reading.after(wait - Duration::from_secs(1));
+            assert_eq!(run(&store, &before, &words)[0].state, state, "not earlier");
+            // A clock that jumps changes nothing.
+            let jumped = Reading { wall: begin.wall + 9_000 * 60 * MINUTE, ..before.clone() };
+            let jumped = Reading { kernel: jumped.wall, ..jumped };
+            assert_eq!(run(&store, &jumped, &words)[0].state, state, "not by a jump");
+            reading = reading.after(wait + Duration::from_millis(2));
+        }
+        assert_eq!(run(&store, &reading, &words), [], "purged");
+    }
+
+    #[test]
+    fn the_words_of_the_run_that_takes_a_step_count() {
+        let (store, begin) = store();
+        let (long, short) = (options(50 * MINUTE, 9000 * MINUTE), options(5 * MINUTE, 20 * MINUTE));
+        run(&store, &begin, &long);
+        let fenced = begin.after(61 * MINUTE);
+        assert_eq!(run(&store, &fenced, &long)[0].state, State::Fenced);
+        assert_eq!(run(&store, &fenced.after(6 * MINUTE), &long)[0].state, State::Fenced);
+        assert_eq!(run(&store, &fenced.after(6 * MINUTE), &short)[0].state, State::Quarantined);
+        assert_eq!(run(&store, &fenced.after(27 * MINUTE), &long)[0].state, State::Quarantined);
+        assert_eq!(run(&store, &fenced.after(27 * MINUTE), &short), []);
+    }
+}
