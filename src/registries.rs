@@ -115,7 +115,7 @@ impl Known {
     }
 
     /// Who keeps the tags of the storage, as configurations tell: the one that was given, as it was and as it is now, and
-    /// those of the registries that run here.
+    /// those of the registries that run here, and what was seen of others before.
     pub fn keeper(&self) -> Keeper {
         let mut keeper = Keeper::of(self.root.clone());
         if let Some(path) = &self.config {
@@ -123,8 +123,15 @@ impl Known {
             let now = now.ok().filter(|config| self.is_ours(config)).map(|config| config.metadata());
             keeper.hears(self.metadata.max(now.unwrap_or_default()), &path.printable());
         }
-        match self.look(Said::Nothing) {
-            Ok(seen) => seen.running.iter().for_each(|process| keeper.hears(process.metadata(), process)),
+        let seen = match self.look(Said::Nothing) {
+            Ok(now) => {
+                now.running.iter().for_each(|process| keeper.hears(process.metadata(), process));
+                self.with_past(now)
+            }
+            Err(e) => Err(e),
+        };
+        match seen {
+            Ok(seen) => seen.past.iter().for_each(|entry| keeper.hears(entry.metadata(), &entry.text())),
             Err(e) => log::warn!("{e}"),
         }
         keeper

@@ -35,6 +35,8 @@ use writers::{Credentials, Writers};
 
 /// What matters of a registry.
 pub(super) struct Facts {
+    /// Where it keeps tags and manifests.
+    pub(super) metadata: Metadata,
     /// It remembers blobs, or that is not known.
     pub(super) remembers: bool,
     /// The kind of its cache; `None`: it has none.
@@ -57,6 +59,7 @@ impl Facts {
     /// The worst.
     pub(super) fn unknown() -> Facts {
         Facts {
+            metadata: Metadata::Storage,
             remembers: true,
             cache: None,
             outlives: None,
@@ -71,6 +74,7 @@ impl Facts {
     /// What a configuration says, one that was named or that of a process.
     pub(super) fn of(config: &StoreArgument, is_named: bool) -> Facts {
         Facts {
+            metadata: config.metadata(),
             remembers: config.descriptor_cache.is_some(),
             cache: config.descriptor_cache.clone(),
             outlives: Outlives::of(config),

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::processes::{Facts, Outlives};
 use super::redis::address;
 use crate::error::{Error, Result};
+use crate::keeper::Metadata;
 use crate::layout;
 use crate::printable::Printable;
 use crate::registry_config::{RedisConfig, RedisTls};
@@ -59,6 +60,9 @@ pub(super) struct Entry {
     pub(super) url: Option<String>,
     /// Where it remembers, if that is redis.
     redis: Option<At>,
+    /// Where it keeps tags and manifests.
+    #[serde(default)]
+    metadata: Metadata,
     first_seen: String,
     last_seen: String,
 }
@@ -103,7 +107,16 @@ impl Entry {
     fn new(found: Found, place: &str, cache: Option<&str>) -> Entry {
         let now = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
         let (place, cache) = (place.to_string(), cache.map(str::to_string));
-        Entry { found, place, cache, url: None, redis: None, first_seen: now.clone(), last_seen: now }
+        Entry {
+            found,
+            place,
+            cache,
+            url: None,
+            redis: None,
+            metadata: Metadata::Storage,
+            first_seen: now.clone(),
+            last_seen: now,
+        }
     }
 
     /// What is known of a registry by its configuration; `None` where that is nothing.
@@ -115,7 +128,7 @@ impl Entry {
         };
         let entry = Entry::new(found, &config.to_string_lossy(), facts.cache.as_deref());
         let url = facts.place.as_ref().map(|place| place.url.clone());
-        Some(Entry { url, redis, ..entry })
+        Some(Entry { url, redis, metadata: facts.metadata, ..entry })
     }
 
     /// A registry that was named, and nothing more is known of.
@@ -133,6 +146,11 @@ impl Entry {
     pub(super) fn with_redis(self, redis: &RedisConfig) -> Entry {
         let is_redis = matches!(self.outlives(), Some(Outlives::Redis(_)));
         Entry { redis: is_redis.then(|| At::of(redis)).or(self.redis), ..self }
+    }
+
+    /// Where it kept tags and manifests.
+    pub(super) fn metadata(&self) -> Metadata {
+        self.metadata
     }
 
     /// What outlives it, if anything does.
@@ -160,7 +178,7 @@ impl Entry {
 
     fn is_as(&self, other: &Entry) -> bool {
         let of = |entry: &Entry| {
-            (entry.place.clone(), entry.cache.clone(), entry.url.clone(), entry.redis.clone())
+            (entry.place.clone(), entry.cache.clone(), entry.url.clone(), entry.redis.clone(), entry.metadata)
         };
         self.found == other.found && of(self) == of(other)
     }
