@@ -9,7 +9,7 @@ use super::guard::gate::Gate;
 use super::guard::{self, Round, outliving};
 use super::plan::{Plan, Policy};
 use super::report::{Mode, Report};
-use super::{LOCK_WAIT, Options, Progress, give_back as give, leftovers, purge, sweep};
+use super::{LOCK_WAIT, Options, Progress, give_back as give, leftovers, purge, still, sweep};
 use crate::catalog::cache::{self, News, Place};
 use crate::catalog::scan::scan_strictly;
 use crate::catalog::{Catalog, Effect, Keeps, Tables};
@@ -96,6 +96,7 @@ impl<'a> Collection<'a> {
         }
         // The look may have taken long, and a registry may have been migrated meanwhile.
         self.options.keeper.allows(self.options.change())?;
+        self.options.gate.look_again()?;
         let mut report = self.take(&catalog, plan)?;
         report.set_restored(&restored);
         // Things were taken by now: whatever fails from here on belongs into the report of that.
@@ -139,6 +140,9 @@ impl<'a> Collection<'a> {
     fn second_look(&mut self, first: Catalog, mut plan: Plan) -> Result<Decided> {
         self.progress.phase("re-check", 0);
         let (mut catalog, mut restored) = give_back(self.store, &self.tables, Some(&first), &self.options)?;
+        if restored.is_empty() {
+            still::is_unwritten(&self.options.gate, &first, &catalog)?;
+        }
         drop(first);
         self.save_cache(&catalog);
         self.options.gate = self.options.gate.verified(self.store, &catalog)?;
@@ -180,7 +184,12 @@ impl<'a> Collection<'a> {
     /// `now`, what was just taken.
     fn look_back(&self, catalog: &Catalog, report: &mut Report) -> Result<()> {
         self.progress.phase("look back", 0);
-        report.set_restored(&give_back(self.store, &self.tables, Some(catalog), &self.options)?.1);
+        let (after, restored) = give_back(self.store, &self.tables, Some(catalog), &self.options)?;
+        report.set_restored(&restored);
+        if let Err(why) = self.is_still(catalog, &after, &restored, report) {
+            self.take_back(&why, report);
+            return report.set_states(self.store, &self.tables, self.look.wall(), &IdSet::default());
+        }
         if self.progress.is_stopped() {
             report.is_stopped = true;
             return Ok(());
@@ -191,6 +200,46 @@ impl<'a> Collection<'a> {
             self.purge(doomed, report)?;
         }
         report.set_states(self.store, &self.tables, &self.clock.now(self.store))
+    }
+
+    /// Fails if a registry may have begun since nothing of that was seen.
+    fn is_still(
+        &self,
+        before: &Catalog,
+        after: &Catalog,
+        restored: &[PathBuf],
+        report: &Report,
+    ) -> Result<()> {
+        let gate = &self.options.gate;
+        gate.look_again()?;
+        match restored.first() {
+            Some(path) if gate.has_witness() => Err(still::came(path)),
+            // Repairs are written, too.
+            _ if report.repairs().any(|(_, is_made)| is_made) => Ok(()),
+            _ => still::is_unwritten(gate, before, after),
+        }
+    }
+
+    /// Gives back what this sweep took: a registry that has begun may have said of it that it is there.
+    fn take_back(&self, why: &Error, report: &mut Report) {
+        let Some(id) = report.transaction.clone() else {
+            return report.failures.push(format!("nothing was freed: {why}"));
+        };
+        match trash::undo::undo(self.store, &id) {
+            Ok(undone) => {
+                report.set_taken_back(&undone.restored);
+                report
+                    .failures
+                    .extend(undone.failures.iter().map(|e| format!("stays in the trash as {id}: {e}")));
+                report
+                    .failures
+                    .push(format!("nothing was freed, and what was taken is back where it was: {why}"));
+            }
+            Err(e) => {
+                let stays = "nothing was freed, and what was taken stays in the trash";
+                report.failures.push(format!("{stays} ({e}), from where undo brings it back: {why}"));
+            }
+        }
     }
 
     /// The transactions that go now; those whose undo ends with them are in the report.
@@ -213,12 +262,14 @@ impl<'a> Collection<'a> {
     fn purge(&self, doomed: Vec<String>, report: &mut Report) -> Result<()> {
         let doomed = outliving::purgeable(self.store, &self.options.gate, doomed)?;
         let blobs = purge::blobs_in(self.store, &doomed)?;
+        purge::look_before(&self.options.gate)?;
         let purged = trash::purge::purge(self.store, &doomed, self.progress)?;
         purge::say_purged(&purged, &self.author.command);
         for id in &report.dropped_transactions {
             log::info!("dropped {} from the trash: its undo needed bytes that are gone", id.printable());
         }
         report.set_purged(purged, self.options.now);
+        report.failures.extend(purge::look_after(&self.options.gate));
         let policy = self.policy();
         for blob in blobs {
             // Without it, a link to the blob is seen to be one without bytes.

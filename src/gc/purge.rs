@@ -5,7 +5,7 @@ use super::{LOCK_WAIT, Options, collect};
 use crate::catalog::Tables;
 use crate::clock::{Clock, Next, Now};
 use crate::digest::Digest;
-use crate::error::{self, Result};
+use crate::error::{self, Error, Result};
 use crate::keeper::Change;
 use crate::layout;
 use crate::printable::Printable;
@@ -44,13 +44,28 @@ pub fn purge_trash(
         }
     }
     let doomed = guard::outliving::purgeable(store, gate, doomed)?;
-    gate.look_again()?;
+    look_before(gate)?;
     let mut purged = trash::purge::purge(store, &doomed, &Unwatched)?;
-    // What was removed is gone, so this belongs into the report of that.
-    purged.failures.extend(gate.look_again().err());
+    purged.failures.extend(look_after(gate).map(Error::invalid));
     say_purged(&purged, &author.command);
     purged.kept.extend(kept);
     Ok(Purged { restored, ..purged })
+}
+
+/// Looks again right before bytes are freed.
+pub(super) fn look_before(gate: &Gate) -> Result<()> {
+    let stays = |e| Error::invalid(format!("nothing was freed, and all stays in the trash: {e}"));
+    gate.look_again().map_err(stays)
+}
+
+/// Looks again right after that; what is to be said if a registry runs by now. One that began after the things were taken
+/// never saw them, but that is more than a look can tell.
+pub(super) fn look_after(gate: &Gate) -> Option<String> {
+    let why = gate.look_again().err()?;
+    Some(format!(
+        "bytes were freed, and right after that: {why}. If it ran before, images that were pushed meanwhile may lack layers; a \
+         dry run lists what is broken, push that again"
+    ))
 }
 
 /// What can't be undone is logged by whoever does it.

@@ -183,6 +183,13 @@ impl Report {
         self.restored.extend_from_slice(paths);
     }
 
+    /// All that was taken is back.
+    pub(super) fn set_taken_back(&mut self, paths: &[PathBuf]) {
+        let repaired = std::mem::take(&mut self.repaired);
+        self.set_taken(Taken { repaired, ..Taken::default() });
+        self.set_restored(paths);
+    }
+
     /// Describes what was taken of the plan.
     pub fn set_taken(&mut self, taken: Taken) {
         let Taken { transaction, items, repaired, failures } = taken;

@@ -225,6 +225,11 @@ impl Gate {
     /// No registry runs, and nobody needs to look again.
     pub const STOPPED: Gate = Gate::Stopped(Witness(None));
 
+    /// Whether somebody looks again and again that no registry can write.
+    pub(in crate::gc) fn has_witness(&self) -> bool {
+        matches!(self, Gate::Stopped(Witness(Some(_))))
+    }
+
     /// Looks again where no registry can write, so that everything goes at once.
     ///
     /// # Errors
