@@ -298,6 +298,10 @@ impl Looks for Outlived {
         self.witness.0.as_ref().map_or(Ok(()), |looks| looks.look())
     }
 
+    fn sees(&self) -> bool {
+        self.witness.0.is_some()
+    }
+
     fn relied_on(&self) -> String {
         format!("{}; told to forget what goes: {}", self.witness, self.told.name())
     }

@@ -217,7 +217,7 @@ pub(super) fn look(root: &Path) -> Result<Table> {
     let looker = Looker {
         own: Own::of(root)?,
         writers: Writers::of(root)?,
-        users: Handle::open(std::process::id()).and_then(|handle| handle.link("ns/user")).ok(),
+        users: Handle::ours().and_then(|handle| handle.link("ns/user")).ok(),
     };
     let processes = Path::new("/proc");
     let failed = |e| Error::io("look for registries in", processes, e);

@@ -78,6 +78,11 @@ pub trait Looks: Send + Sync {
     /// One can, or that can't be told; what to do.
     fn look(&self) -> Result<()>;
 
+    /// Whether it looks at all; not, where it was said that nothing of this machine matters.
+    fn sees(&self) -> bool {
+        true
+    }
+
     /// What the last look relied on.
     fn relied_on(&self) -> String;
 
@@ -96,7 +101,7 @@ impl fmt::Display for Witness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Some(looks) => f.write_str(&looks.relied_on()),
-            None => f.write_str("it was said so, and nobody looked"),
+            None => f.write_str("so it was said, and nobody looked"),
         }
     }
 }
@@ -227,7 +232,7 @@ impl Gate {
 
     /// Whether somebody looks again and again that no registry can write.
     pub(in crate::gc) fn has_witness(&self) -> bool {
-        matches!(self, Gate::Stopped(Witness(Some(_))))
+        matches!(self, Gate::Stopped(Witness(Some(looks))) if looks.sees())
     }
 
     /// Looks again where no registry can write, so that everything goes at once.
@@ -331,7 +336,7 @@ pub const UNKNOWN: &str = "nothing tells whether a registry runs and what it rem
 impl fmt::Display for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Gate::Stopped(witness) => write!(f, "no registry runs, or none can be written to ({witness})"),
+            Gate::Stopped(witness) => write!(f, "none that can be written to runs: {witness}"),
             Gate::Off => f.write_str("the registry remembers nothing (no cache.blobdescriptor)"),
             Gate::Probe(probe) => {
                 write!(f, "each registry is asked before a blob goes ({})", probe.0.name().printable())

@@ -296,6 +296,14 @@ impl Report {
             }
             return self.write_future(out);
         }
+        if self.mode == Mode::Sweep && !self.options.gate.is_beside() {
+            let since = timestamp(self.started_at);
+            writeln!(
+                out,
+                "registry: {}, nothing written since {since}",
+                place.say(&self.options.gate.to_string())
+            )?;
+        }
         if let Some(next) = self.plan.young.iter().filter_map(|y| y.eligible.time()).min() {
             writeln!(
                 out,

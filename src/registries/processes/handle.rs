@@ -31,6 +31,12 @@ impl Handle {
         Ok(Handle { pid, directory })
     }
 
+    /// This process, by its number in the table, which may be that of another namespace than ours.
+    pub(super) fn ours() -> io::Result<Handle> {
+        let pid = std::fs::read_link("/proc/self")?.to_str().and_then(|pid| pid.parse().ok());
+        Handle::open(pid.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?)
+    }
+
     /// Opens one of the files in it, or what one of its magic links leads to.
     pub(super) fn open_file(&self, name: &str, flags: OFlags) -> io::Result<File> {
         Ok(openat(&self.directory, name, flags | OFlags::CLOEXEC, Mode::empty())?.into())
@@ -84,7 +90,7 @@ impl Handle {
 
     /// Whether it sees the root directory that we see; not, if that can't be told.
     pub(super) fn has_our_root(&self) -> bool {
-        let ours = Handle::open(std::process::id()).and_then(|us| us.root());
+        let ours = Handle::ours().and_then(|us| us.root());
         ours.is_ok_and(|ours| self.root().is_ok_and(|root| root == ours))
     }
 

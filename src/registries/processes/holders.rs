@@ -74,7 +74,7 @@ struct Spot {
 
 impl Storage {
     fn of(root: &Path) -> io::Result<Storage> {
-        let us = Handle::open(std::process::id())?;
+        let us = Handle::ours()?;
         let mounts = mounts(&us)?;
         let registry = root.join(layout::REGISTRY_DIR);
         let mut spots = vec![Spot::of(root, &mounts)?];
