@@ -188,7 +188,7 @@ impl<'a> Collection<'a> {
         report.set_restored(&restored);
         if let Err(why) = self.is_still(catalog, &after, &restored, report) {
             self.take_back(&why, report);
-            return report.set_states(self.store, &self.tables, self.look.wall(), &IdSet::default());
+            return report.set_states(self.store, &self.tables, &self.clock.now(self.store));
         }
         if self.progress.is_stopped() {
             report.is_stopped = true;
