@@ -27,6 +27,7 @@ use rustix::time::{ClockId, Timespec, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::Store;
 
 pub use seen::Clock;
@@ -277,7 +278,7 @@ impl Jump {
     pub fn text(&self, store: &dyn Store) -> String {
         let by = |by: &Duration| humantime::format_duration(Duration::from_secs(by.as_secs())).to_string();
         let place = store.full(Path::new(layout::CLOCK));
-        let place = place.display();
+        let place = place.printable();
         match self {
             Jump::Ahead(ahead) => format!(
                 "the clock is {} ahead of the time that regfs has seen pass. Ages are counted without that. Set the clock; if it is \

@@ -533,3 +533,23 @@ fn a_mount_in_the_foreground_ends_with_its_signal() {
     assert_eq!(outcome.code, Some(0), "{outcome}");
     assert!(!common::mount::is_mounted(mount.point()));
 }
+
+#[test]
+fn a_process_whose_time_is_faked_takes_nothing_early() {
+    if !have(&["faketime"]) {
+        return;
+    }
+    let store = store();
+    let root = text(store.root());
+    for jump in ["+20h", "+365d", "+20y", "-10y"] {
+        let words = format!(
+            "faketime -f {jump} {} gc {root} --registry-stopped --force 2>&1",
+            env!("CARGO_BIN_EXE_regfs")
+        );
+        let outcome = sh(store.root(), &words).outcome();
+        assert_eq!(outcome.code, Some(0), "{jump}: {}", outcome.stdout);
+        assert!(outcome.stdout.contains("nothing to take"), "{jump}: {}", outcome.stdout);
+        assert!(outcome.stdout.contains("the clock"), "{jump}: {}", outcome.stdout);
+    }
+    assert!(store.blob(&sha256(GARBAGE)).exists());
+}

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::{Jump, Moment, Now, Reading, SAME, WORTH_TELLING};
 use crate::error::Result;
 use crate::layout;
+use crate::printable::Printable;
 use crate::store::Store;
 
 /// Longest file; it takes some 100 bytes for each boot.
@@ -64,7 +65,7 @@ impl Clock {
             Ok(Record { written, seen }) => Ok(Clock { seen, stored: Some(at(stat.modified, written)) }),
             Err(e) => {
                 let path = store.full(path);
-                log::warn!("{}: {e}: what earlier runs saw of the time does not count", path.display());
+                log::warn!("{}: {e}: what earlier runs saw of the time does not count", path.printable());
                 Ok(Clock::default())
             }
         }
@@ -272,6 +273,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::type_complexity, reason = "a table")]
     fn a_clock_that_was_wrong_for_a_while_is_forgotten_when_it_is_right() {
         let year = 365 * 24;
         // What runs said before; then it is hour 10 of a clock that is right.
