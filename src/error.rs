@@ -149,6 +149,11 @@ impl Error {
         matches!(self, Error::Misplaced { .. } | Error::TooLarge { .. })
     }
 
+    /// Whether there is no space, or no inode, left.
+    pub fn is_full(&self) -> bool {
+        matches!(self.errno(), libc::ENOSPC | libc::EDQUOT)
+    }
+
     /// What the kernel is told. No `_` arm: a new variant has to choose.
     pub fn errno(&self) -> i32 {
         match self {
@@ -184,7 +189,11 @@ impl fmt::Display for Error {
                     Some(libc::EACCES) => f.write_str(" (run regfs as root or as the registry's user)"),
                     Some(libc::ENOSPC | libc::EDQUOT) => {
                         let purge = Advice::PurgeAll;
-                        write!(f, " (the disk is full: {purge}  frees what is in the trash, else free some space)")
+                        write!(
+                            f,
+                            " (the disk is full, of bytes or of inodes: {purge}  frees what is in the trash, else free \
+                             some space; a sweep with {{+registry-stopped}} {{+now}} needs none)"
+                        )
                     }
                     _ => Ok(()),
                 }

@@ -29,6 +29,7 @@ pub mod plan;
 mod purge;
 pub mod repair;
 pub mod report;
+mod room;
 mod still;
 pub mod sweep;
 pub mod why;

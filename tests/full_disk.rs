@@ -91,6 +91,15 @@ impl Filesystem {
         rustix::fs::syncfs(&file).unwrap();
     }
 
+    /// Uses up the inodes; the files that do.
+    fn use_up_inodes(&self) -> Vec<PathBuf> {
+        let paths = (0..).map(|number| self.point().join(format!("inode-{number}")));
+        let made: Vec<PathBuf> = paths.take_while(|path| File::create(path).is_ok()).collect();
+        let stat = rustix::fs::statvfs(self.point()).unwrap();
+        assert_eq!((stat.f_ffree, stat.f_bfree > 0), (0, true), "no inodes, but blocks");
+        made
+    }
+
     fn free_bytes(&self) -> u64 {
         let stat = rustix::fs::statvfs(self.point()).unwrap();
         stat.f_bfree * stat.f_frsize
@@ -242,14 +251,25 @@ fn a_purge_works_on_a_full_disk_and_makes_the_reserve_anew() {
 }
 
 #[test]
-fn a_disk_that_was_full_before_regfs_came_is_left_as_it_is() {
+fn the_first_sweep_on_a_full_disk_works_when_it_frees_at_once() {
+    on_each(|world| {
+        world.add_garbage(GARBAGE);
+        world.disk.fill();
+        world.sweep_to_the_end();
+        assert_eq!(transactions(world.store.root()), [""; 0]);
+    });
+}
+
+#[test]
+fn a_sweep_into_the_trash_says_what_helps_on_a_disk_that_was_full_before_regfs_came() {
     on_each(|world| {
         world.add_garbage(GARBAGE);
         world.disk.fill();
         let before = world.contents();
-        let refused = world.sweep_now().exits(1);
-        assert!(refused.stderr.contains("No space left on device"), "{refused}");
-        assert!(refused.stderr.contains("free some space"), "it does not say what to do: {refused}");
+        let refused = gc_outcome(world.store.root(), &["--grace", "0"]).exits(1);
+        for helps in ["No space left on device", "free some space", "--registry-stopped --now"] {
+            assert!(refused.stderr.contains(helps), "{helps:?} is missing: {refused}");
+        }
         let changed = difference(&before, &world.contents());
         assert!(changed.is_empty(), "changed on {}: {changed:?}", world.disk.kind);
         assert_eq!(transactions(world.store.root()), [""; 0], "an empty transaction would puzzle people");
@@ -257,6 +277,39 @@ fn a_disk_that_was_full_before_regfs_came_is_left_as_it_is() {
         world.disk.free(64 << 10);
         world.sweep_to_the_end();
     });
+}
+
+#[test]
+fn empty_directories_of_uploads_make_room_for_a_first_command_on_a_full_disk() {
+    let Some(world) = World::on("ext4") else { return };
+    for number in 0..40 {
+        fs::create_dir_all(world.store.repository(&format!("pushed/{number}"), "_uploads")).unwrap();
+        fs::create_dir_all(world.store.repository(&format!("pushed/{number}"), "_layers")).unwrap();
+    }
+    let upload = world.store.repository("pushed/1", "_uploads/in-progress");
+    common::store::put(&upload.join("data"), b"half of a layer");
+    world.add_garbage(3);
+    world.disk.fill();
+    gc_outcome(world.store.root(), &["--grace", "1ms", "--uploads", "1h"]).exits(0);
+    assert!(upload.exists());
+    world.live.assert_intact();
+    assert_eq!(blobs(world.store.root()), world.live.blobs);
+}
+
+#[test]
+fn a_sweep_works_without_an_inode_left() {
+    let Some(world) = World::on("ext4") else { return };
+    for is_first in [false, true] {
+        if is_first {
+            fs::remove_dir_all(world.store.path(".regfs")).unwrap();
+        } else {
+            world.sweep_now().exits(0);
+        }
+        world.add_garbage(GARBAGE);
+        let fillers = world.disk.use_up_inodes();
+        world.sweep_to_the_end();
+        fillers.into_iter().for_each(|path| fs::remove_file(path).unwrap());
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use super::guard::gate::Gate;
 use super::guard::{self, Round, outliving};
 use super::plan::{Plan, Policy};
 use super::report::{Mode, Report};
-use super::{LOCK_WAIT, Options, Progress, give_back as give, leftovers, purge, still, sweep};
+use super::{Options, Progress, give_back as give, leftovers, purge, room, still, sweep};
 use crate::catalog::cache::{self, News, Place};
 use crate::catalog::scan::scan_strictly;
 use crate::catalog::{Catalog, Effect, Keeps, Tables};
@@ -83,7 +83,7 @@ impl<'a> Collection<'a> {
         if let Some(report) = self.brake(&first, &plan)? {
             return Ok(report);
         }
-        let _lock = self.store.lock(&self.author.command, LOCK_WAIT)?;
+        let _lock = room::lock(&self, &first, &plan)?;
         self.options.keeper.allows(self.options.change())?;
         // The storage has a clock, too.
         self.clock.note(self.store);

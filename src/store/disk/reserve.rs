@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use super::Disk;
 use super::open::kind_of;
 use super::tree::entries;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::layout;
 use crate::printable::Printable;
 use crate::store::{Kind, Store};
@@ -44,7 +44,7 @@ impl Disk {
     /// Does what may need space; on a full disk the reserve is given up for it, or what can be done without.
     pub(super) fn with_reserve<T>(&self, act: impl Fn() -> Result<T>) -> Result<T> {
         match act() {
-            Err(e) if is_full(&e) && (self.release_reserve() || self.make_room()) => act(),
+            Err(e) if e.is_full() && (self.release_reserve() || self.make_room()) => act(),
             result => result,
         }
     }
@@ -97,10 +97,6 @@ impl Disk {
     fn settle(&self) {
         let _ = fs::syncfs(self.root.as_fd());
     }
-}
-
-fn is_full(error: &Error) -> bool {
-    matches!(error.errno(), libc::ENOSPC | libc::EDQUOT)
 }
 
 /// Removes the reserve; whether there was any.
