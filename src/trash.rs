@@ -316,14 +316,14 @@ impl Contents {
 
 /// Removes files in the trash; a directory among them, which no registry made, goes with all that is in it.
 fn remove_all(store: &dyn Store, paths: &[PathBuf]) -> Vec<Error> {
-    let remove = |path: &PathBuf| match store.remove(std::slice::from_ref(path)).pop() {
-        Some(Error::Misplaced { found: Found::Directory, .. }) => store.remove_tree(path).err(),
-        result => result,
+    let remove = |failure: Error| match &failure {
+        Error::Misplaced { path, found: Found::Directory } => {
+            let place = paths.iter().find(|place| store.full(place) == *path);
+            place.map_or(Some(failure), |place| store.remove_tree(place).err())
+        }
+        _ => Some(failure),
     };
-    match store.remove(paths) {
-        failures if failures.is_empty() => failures,
-        _ => paths.iter().filter_map(remove).collect(),
-    }
+    store.remove(paths).into_iter().filter_map(remove).collect()
 }
 
 /// Whether a transaction of that name is that of a sweep.
