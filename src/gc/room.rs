@@ -81,7 +81,7 @@ fn make(run: &Collection<'_>, catalog: &Catalog, plan: &Plan) -> Result<bool> {
     }
     let again = scan_strictly(store, &run.tables, Some(catalog)).map(|again| judged(again, &run.options));
     let gate = again.as_ref().ok().map(|again| run.options.gate.verified(store, again));
-    let is_stopped = matches!(gate, Some(Ok(Gate::Stopped(_))));
+    let is_stopped = matches!(gate, Some(Ok(Gate::Stopped(_)))) && run.options.gate.look_again().is_ok();
     let mut freed = (0, 0);
     if let (Ok(again), true) = (&again, is_stopped) {
         let reached = mark(again, &Untagged::new());
