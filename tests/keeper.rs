@@ -50,7 +50,9 @@ fn nothing_of_gitlabs_database_registry_is_taken_whatever_is_forced() {
     let database = "database: {enabled: true, host: localhost}";
     let prefer = "database: {enabled: prefer}";
     // Lock files, configuration, variable; whether it is refused.
-    let cases: [(&[&str], Option<&str>, Option<&str>, bool); 9] = [
+    /// Lock files, what config.yml says, a variable, and whether the database keeps the tags.
+    type Case<'a> = (&'a [&'a str], Option<&'a str>, Option<&'a str>, bool);
+    let cases: [Case<'_>; 9] = [
         (&["database-in-use"], None, None, true),
         (&["database-in-use", "filesystem-in-use"], None, None, true),
         (&["database-in-use"], Some("database: {enabled: false}"), None, true),

@@ -80,10 +80,12 @@ impl Engine {
         let is_running = self.run.is_running.load(Ordering::Relaxed);
         let cost = locked(&self.looked).cost;
         let run = is_running.then(|| self.run.watched.look());
-        let (gate, next_sweep, unwatched) = {
+        // Nothing is locked any more when garbage is looked for, which wants the same.
+        let (gate, next_sweep, unwatched, last_error) = {
             let reports = locked(&self.reports);
-            (reports.gate.clone(), reports.next_sweep, reports.unwatched.clone())
+            (reports.gate.clone(), reports.next_sweep, reports.unwatched.clone(), reports.last_error.clone())
         };
+        let guard = locked(&self.guarded).clone();
         let kept = self.keeper().now();
         let status = Status {
             state: if is_running { "running" } else { "idle" },
@@ -94,7 +96,7 @@ impl Engine {
             started_at: run.map(|r| timestamp(r.started_at)),
             elapsed_seconds: run.map(|r| r.elapsed.as_secs_f64()),
             eta_seconds: run.and_then(|r| r.eta).map(|eta| eta.as_secs_f64()),
-            last_error: locked(&self.reports).last_error.as_ref().map(|e| Place::ControlFile.say(e)),
+            last_error: last_error.map(|e| Place::ControlFile.say(&e)),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION"),
             store: self.store.full(std::path::Path::new("")).to_string_lossy().into_owned(),
@@ -111,7 +113,7 @@ impl Engine {
             clock: self.view(&snapshot).now().jump.map(|jump| jump.text(&*self.store)),
             garbage: self.garbage(&snapshot),
             next_sweep: next_sweep.map(timestamp),
-            guard: locked(&self.guarded).clone(),
+            guard,
             freshness: if self.is_watching() { "events" } else { "looks" },
             freshness_reason: unwatched,
             looked_at: timestamp(snapshot.catalog.scanned_at),
