@@ -198,7 +198,7 @@ fn a_sweep_and_a_purge_leave_what_a_fresh_registry_would_have() {
     let less: Vec<_> = theirs.difference(&ours).collect();
     assert!(more.is_empty() && less.is_empty(), "more than a fresh registry: {more:#?}\nless: {less:#?}");
     let own = names(&registry_dir(&store).join(".regfs"));
-    assert_eq!(own, ["cache", "lock", "reserve"], "what regfs keeps for itself");
+    assert_eq!(own, ["cache", "clock", "lock", "registries.json", "reserve"], "what regfs keeps for itself");
     for reference in KEPT {
         assert_eq!(registry.pull(reference), fresh.pull(reference), "{reference}");
     }

@@ -1006,7 +1006,9 @@ impl World {
         let report = gc::run(&*self.store, &tables, &options, &author(), &Unwatched);
         let report = report.map_err(|e| e.to_string())?;
         let moved = report.taken().filter(|item| item.kind().is_moved());
-        let taken: BTreeSet<PathBuf> = moved.map(|item| item.path(&tables)).collect();
+        // What would be given back first is not in the store yet.
+        let taken: BTreeSet<PathBuf> =
+            moved.map(|item| item.path(&tables)).filter(|path| !report.restored.contains(path)).collect();
         let garbage = self.model.garbage(untagged, 0);
         let facts = |item: &Item| self.model.store.get(item).cloned().unwrap_or_default();
         let expected = garbage.iter().flat_map(|item| self.model.files(item, &facts(item)));

@@ -93,7 +93,7 @@ pub fn images_named(text: &Path, directory: &Path) -> Vec<Named> {
     }
     let mut named: Vec<Named> = Vec::new();
     for image in inside.iter().filter_map(|path| image_at(path)) {
-        if !named.contains(&image) {
+        if layout::is_name(&image.repository) && !named.contains(&image) {
             named.push(image);
         }
     }
