@@ -283,7 +283,7 @@ impl Looker {
     fn examine(&self, handle: &Handle, words: &[OsString]) -> io::Result<Option<Process>> {
         let variables = match handle.variables() {
             Err(e) if is_refused(&e) && has_words_of_registry(words) => {
-                let why = format!("what it was started with can't be read from here ({e})");
+                let why = format!("what it was started with can't be read from here ({e}); start it again");
                 return Ok(Some(Process::new(handle, words, Err(Doubt::of(why)), true)));
             }
             variables => variables?,
@@ -313,7 +313,7 @@ impl Looker {
                 Ok(Serves::MayBe(doubt)) => Err(doubt),
                 // It has ended.
                 Err(_) if handle.credentials().is_err() => return None,
-                Err(e) => Err(Doubt::of(format!("what it was started with can't be read from here ({e})"))),
+                Err(e) => Err(Doubt::of(format!("what it was started with can't be read from here ({e}); start it again"))),
             },
         };
         let is_certain = config.as_ref().map_or_else(|doubt| doubt.now.is_some(), |_| true);
