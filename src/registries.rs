@@ -167,7 +167,8 @@ impl Known {
     fn with_past(&self, now: Evidence) -> Result<Evidence> {
         let Some(root) = &self.root else { return Ok(now) };
         let past = Seen::read(&Disk::open(root)?)?.without(&self.entries(&now));
-        Ok(Evidence { past, ..now })
+        let unasked = past.iter().filter(|entry| entry.is_unasked(&now.named)).map(Entry::text).collect();
+        Ok(Evidence { past, unasked, ..now })
     }
 
     /// What is to be remembered of registries that are seen now.

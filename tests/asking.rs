@@ -172,7 +172,8 @@ fn one_registry_by_two_names_does_not_stand_for_two() {
         assert_eq!(report.gate, "probe", "{both}: {}", report.gate_reason);
     }
     // As many names as processes, and all of them lead elsewhere.
-    let all = [local(second.port()), Server::before(second.port()).url()].join(",");
+    let before_second = Server::before(second.port());
+    let all = [local(second.port()), before_second.url()].join(",");
     assert_held(&step(&registry.store(), &["--registry", &all]), "name each");
 }
 

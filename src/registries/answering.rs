@@ -1,8 +1,11 @@
 //! What tells two registries apart, or shows that two names lead to one.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
+
+use ureq::http::Uri;
 
 /// A process and those that started it: a launcher stands for what it launched.
 pub(super) fn lineage(pid: u32) -> Vec<u32> {
@@ -33,6 +36,22 @@ pub(super) fn addresses(host: &str, port: u16) -> Vec<SocketAddr> {
     found
 }
 
+/// The addresses that a URL leads to; the URL itself where that can't be told.
+pub(super) fn ways_to(url: &str) -> BTreeSet<String> {
+    let uri = url.parse::<Uri>().ok();
+    let host = uri.as_ref().and_then(Uri::host).unwrap_or_default().trim_matches(['[', ']']);
+    let is_tls = uri.as_ref().and_then(Uri::scheme_str) == Some("https");
+    let port = uri.as_ref().and_then(Uri::port_u16).unwrap_or(if is_tls { 443 } else { 80 });
+    let found: BTreeSet<String> = addresses(host, port).iter().map(ToString::to_string).collect();
+    if found.is_empty() { BTreeSet::from([url.to_string()]) } else { found }
+}
+
+/// Whether two URLs lead to one place, as far as addresses tell: a name is not a registry.
+pub(super) fn is_one_place(one: &str, other: &str) -> bool {
+    let path = |url: &str| url.parse::<Uri>().map_or_else(|_| url.to_string(), |uri| uri.path().to_string());
+    one == other || (path(one) == path(other) && !ways_to(one).is_disjoint(&ways_to(other)))
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -55,5 +74,26 @@ mod tests {
         }
         assert_ne!(addresses("127.0.0.1", 5001), one);
         assert_ne!(addresses("192.0.2.1", 5000), one);
+    }
+
+    #[test]
+    fn a_place_is_known_by_address_port_and_path_whatever_its_name() {
+        let cases = [
+            ("http://127.0.0.1:5000", "http://localhost:5000", true),
+            ("http://127.0.0.1:5000", "http://[::1]:5000", true),
+            ("http://localhost:5000/reg", "http://127.0.0.1:5000/reg", true),
+            ("http://localhost", "http://127.0.0.1:80", true),
+            ("http://nowhere.invalid:5000", "http://nowhere.invalid:5000", true),
+            ("unix:/run/a", "unix:/run/a", true),
+            ("unix:/run/a", "unix:/run/b", false),
+            ("http://127.0.0.1:5000", "http://localhost:5001", false),
+            ("http://127.0.0.1:5000/a", "http://localhost:5000/b", false),
+            ("http://127.0.0.1:5000", "http://nowhere.invalid:5000", false),
+            ("http://192.0.2.1:5000", "http://192.0.2.2:5000", false),
+        ];
+        for (one, other, wanted) in cases {
+            assert_eq!(is_one_place(one, other), wanted, "{one} {other}");
+            assert_eq!(is_one_place(other, one), wanted, "{other} {one}");
+        }
     }
 }

@@ -30,6 +30,8 @@ pub(super) struct Evidence {
     pub(super) relied_on: String,
     /// Registries that were seen before, and of which nothing is known today.
     pub(super) past: Vec<Entry>,
+    /// Those of them that may run where nobody sees them and are not asked, in words.
+    pub(super) unasked: Vec<String>,
 }
 
 impl Evidence {
@@ -99,12 +101,11 @@ fn stopped(seen: &Evidence) -> Result<()> {
 
 /// A registry that was seen before, may run where nobody sees it, and is not among those that are asked.
 fn strangers(seen: &Evidence) -> Option<Verdict> {
-    let is_asked = |entry: &Entry| seen.named.iter().any(|place| Some(&place.url) == entry.url.as_ref());
-    let stranger = seen.past.iter().find(|entry| entry.may_run_unseen() && !is_asked(entry))?;
+    let stranger = seen.unasked.first()?;
     Some(Verdict::Stop(format!(
-        "a registry of this storage that was seen before is not among those that are asked ({}); name it, too, with --registry \
-         or its config.yml as STORE; or, if it does not serve this storage any more, run `regfs gc STORE --forget-registries`",
-        stranger.text()
+        "a registry of this storage that was seen before is not among those that are asked ({stranger}); name it, too, with \
+         --registry or its config.yml as STORE; or, if it does not serve this storage any more, run `regfs gc STORE \
+         --forget-registries`",
     )))
 }
 

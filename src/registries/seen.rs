@@ -5,7 +5,7 @@
 //! `--forget-registries` starts anew.
 //!
 //! # Rules kept here
-//! 1. A registry is the same one if it answers at the same URL, or if the config.yml given as STORE has the same path.
+//! 1. A registry is the same one if its URL leads to the same place, by whatever name, or if the config.yml given as STORE has the same path.
 //! 2. What is not known never replaces what is: a URL alone says nothing of the cache behind it.
 //! 3. No password is written. What the file says is never a place to send one to: who owns the storage can write it.
 //! 4. A file that can't be read counts as registries that remember.
@@ -16,6 +16,8 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use super::answering::is_one_place;
+use super::http::Place;
 use super::processes::{Facts, Outlives};
 use super::redis::address;
 use crate::error::{Error, Result};
@@ -162,15 +164,17 @@ impl Entry {
         }
     }
 
-    /// Whether it may run where nobody sees it, and remember.
-    pub(super) fn may_run_unseen(&self) -> bool {
-        matches!(self.found, Found::Config | Found::Url) && self.cache.is_some() && self.outlives().is_none()
+    /// Whether it may run where nobody sees it, and remember, and is not among those that are asked.
+    pub(super) fn is_unasked(&self, asked: &[Place]) -> bool {
+        let may_remember = self.cache.is_some() && self.outlives().is_none();
+        let is_at = |place: &Place| self.url.as_ref().is_some_and(|url| is_one_place(url, &place.url));
+        matches!(self.found, Found::Config | Found::Url) && may_remember && !asked.iter().any(is_at)
     }
 
     fn is_same(&self, other: &Entry) -> bool {
         let is_place = self.found == other.found && self.place == other.place;
         match (&self.url, &other.url) {
-            (Some(one), Some(another)) if one == another => true,
+            (Some(one), Some(another)) if is_one_place(one, another) => true,
             // Containers may have the same path for several.
             _ => is_place && self.found != Found::Process,
         }

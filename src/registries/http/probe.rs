@@ -11,9 +11,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use ureq::http::Uri;
-
-use super::super::answering::{addresses, lineage};
+use super::super::answering::{lineage, ways_to};
 use super::traces::{self, Trace};
 use super::{Client, Registry, Seen, header, scope};
 use crate::digest::Digest;
@@ -74,16 +72,6 @@ fn distinct(registries: &[&Registry]) -> usize {
         groups.push(ways);
     }
     groups.len()
-}
-
-/// The addresses that a URL leads to; the URL itself where that can't be told.
-fn ways_to(url: &str) -> BTreeSet<String> {
-    let uri = url.parse::<Uri>().ok();
-    let host = uri.as_ref().and_then(Uri::host).unwrap_or_default().trim_matches(['[', ']']);
-    let is_tls = uri.as_ref().and_then(Uri::scheme_str) == Some("https");
-    let port = uri.as_ref().and_then(Uri::port_u16).unwrap_or(if is_tls { 443 } else { 80 });
-    let found: BTreeSet<String> = addresses(host, port).iter().map(ToString::to_string).collect();
-    if found.is_empty() { BTreeSet::from([url.to_string()]) } else { found }
 }
 
 impl Registry {

@@ -58,7 +58,8 @@ impl Handle {
     /// Facts of what a magic link leads to, as far as the kernel knows them: no server of a filesystem is asked.
     pub(super) fn facts(&self, name: &str) -> io::Result<Statx> {
         let wanted = StatxFlags::INO | StatxFlags::TYPE;
-        Ok(statx(&self.directory, name, AtFlags::STATX_DONT_SYNC, wanted)?)
+        let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+        Ok(statx(&self.directory, name, flags, wanted)?)
     }
 
     /// The names in one of its directories.
@@ -90,13 +91,13 @@ impl Handle {
 
     /// Whether it sees the root directory that we see; not, if that can't be told.
     pub(super) fn has_our_root(&self) -> bool {
-        let ours = Handle::ours().and_then(|us| us.root());
-        ours.is_ok_and(|ours| self.root().is_ok_and(|root| root == ours))
+        let ours = Handle::ours().and_then(|us| us.identity("root"));
+        ours.is_ok_and(|ours| self.identity("root").is_ok_and(|root| root == ours))
     }
 
-    /// Device and inode of the root directory that it sees.
-    pub(super) fn root(&self) -> io::Result<(u32, u32, u64)> {
-        let facts = self.facts("root")?;
+    /// Device and inode of what a magic link leads to.
+    pub(super) fn identity(&self, name: &str) -> io::Result<(u32, u32, u64)> {
+        let facts = self.facts(name)?;
         Ok((facts.stx_dev_major, facts.stx_dev_minor, facts.stx_ino))
     }
 

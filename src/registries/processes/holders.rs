@@ -63,7 +63,7 @@ struct Storage {
     /// Our root directory.
     top: (u32, u32, u64),
     /// This program.
-    program: (u64, u64),
+    program: (u32, u32, u64),
 }
 
 /// A directory as part of a filesystem.
@@ -82,13 +82,12 @@ impl Storage {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             spot => spots.push(spot?),
         }
-        let program = us.open_file("exe", OFlags::PATH)?.metadata()?;
         Ok(Storage {
             registry,
             spots,
             system: mounts.iter().rfind(|mount| mount.at == Path::new("/")).map(|mount| mount.device.clone()),
-            top: us.root()?,
-            program: (program.dev(), program.ino()),
+            top: us.identity("root")?,
+            program: us.identity("exe")?,
         })
     }
 
@@ -106,7 +105,7 @@ impl Storage {
                 return Ok(Some(format!("has {} open", file.printable())));
             }
         }
-        let top = handle.root()?;
+        let top = handle.identity("root")?;
         if top == self.top || !containers.insert((handle.link("ns/mnt")?, top.2)) {
             return Ok(None);
         }
@@ -119,8 +118,7 @@ impl Storage {
 
     /// A mount of this store, another command: what they hold is what the lock is for.
     fn is_regfs(&self, handle: &Handle) -> io::Result<bool> {
-        let program = handle.open_file("exe", OFlags::PATH)?.metadata()?;
-        Ok((program.dev(), program.ino()) == self.program
+        Ok(handle.identity("exe")? == self.program
             || super::handle::base_name(&handle.link("exe")?) == env!("CARGO_PKG_NAME"))
     }
 
@@ -238,7 +236,7 @@ mod tests {
             spots: vec![spot],
             system: Some("8:1".to_string()),
             top: (0, 0, 0),
-            program: (0, 0),
+            program: (0, 0, 0),
         };
         let line = |device: &str, root: &str, options: &str, all: &str| {
             format!("61 55 {device} {root} /var/lib/registry {options} shared:3 - ext4 /dev/sda1 {all}")
