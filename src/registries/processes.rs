@@ -313,7 +313,9 @@ impl Looker {
                 Ok(Serves::MayBe(doubt)) => Err(doubt),
                 // It has ended.
                 Err(_) if handle.credentials().is_err() => return None,
-                Err(e) => Err(Doubt::of(format!("what it was started with can't be read from here ({e}); start it again"))),
+                Err(e) => Err(Doubt::of(format!(
+                    "what it was started with can't be read from here ({e}); start it again"
+                ))),
             },
         };
         let is_certain = config.as_ref().map_or_else(|doubt| doubt.now.is_some(), |_| true);
