@@ -281,7 +281,7 @@ impl Jump {
         let place = place.printable();
         match self {
             Jump::Ahead(ahead) => format!(
-                "the clock is {} ahead of the time that regfs has seen pass. Ages are counted without that. Set the clock; if it is \
+                "the clock is {} ahead of the time that regfs has seen pass. Ages are counted without this jump. Set the clock; if it is \
                  right, run: rm '{place}'",
                 by(ahead)
             ),
@@ -291,7 +291,7 @@ impl Jump {
                 by(ahead)
             ),
             Jump::Behind(behind) => format!(
-                "the clock is {} behind the time that regfs has seen. What waits, waits longer. Set the clock; if it is right, \
+                "the clock is {} behind the time that regfs has seen. All waits (grace, keep, drain) take longer. Set the clock; if it is right, \
                  run: rm '{place}'",
                 by(behind)
             ),

@@ -104,7 +104,9 @@ impl Known {
         for Memory { redis, .. } in &memories {
             match Redis::open(redis, Vec::new(), said.is_emptied()) {
                 Ok(redis) => told.push(Arc::new(redis)),
-                Err(why) if said.is_emptied() => log::info!("{why}; it was said to be emptied"),
+                Err(why) if said.is_emptied() => {
+                    log::info!("{why}; its cache was said to be emptied, so the run goes on")
+                }
                 Err(why) => return Err(refused(format!("{why}; {NEXT_FOR_REDIS}"))),
             }
         }
@@ -137,6 +139,21 @@ impl Known {
         keeper
     }
 
+    /// The processes that were not looked at, because they can't write to the storage, in a line; `None` where there are none.
+    pub fn ignored(&self) -> Option<String> {
+        let strangers = match processes::look(self.root.as_ref()?) {
+            Ok(table) => table.strangers,
+            Err(e) => return Some(e.to_string()),
+        };
+        let all: Vec<String> = strangers.iter().map(ToString::to_string).collect();
+        (!all.is_empty()).then(|| {
+            format!(
+                "ignored, whatever they look like, because they can't write to this storage: {}",
+                all.join(", ")
+            )
+        })
+    }
+
     /// All that can be known without asking a registry. Where it was said that none runs, other traces of one are looked
     /// for as well; where that is sure, for none.
     fn look(&self, said: Said) -> Result<Evidence> {
@@ -145,9 +162,7 @@ impl Known {
         if let Some(root) = self.root.as_ref().filter(|_| !said.is_sure()) {
             let table = processes::look(root)?;
             for stranger in &table.strangers {
-                log::debug!(
-                    "{stranger} can't write to this storage, so what it looks like says nothing of it"
-                );
+                log::debug!("ignored {stranger}: it can't write to this storage");
             }
             if said != Said::Nothing {
                 let holders = table.holders(root)?;
@@ -196,7 +211,7 @@ impl Known {
             seen::remember(store, who, entries)
         });
         if let Err(e) = remembered {
-            log::warn!("what was seen of registries is not written down: {e}");
+            log::warn!("could not write down what regfs knows of registries: {e}");
         }
     }
 

@@ -259,14 +259,16 @@ impl Contents {
     pub fn is_waiting(&self, look: &Now, drain: Option<Duration>) -> Option<String> {
         let stage = match &self.stage {
             None => return None,
-            Some(Err(why)) => return Some(format!("how far it has come can't be read ({why}); undo it")),
+            Some(Err(why)) => {
+                return Some(format!("regfs can't read how far this transaction has come ({why}); undo it"));
+            }
             Some(Ok(stage)) => stage,
         };
         let drain = drain.unwrap_or(stage.drain);
         let Some(quarantined_at) = &stage.quarantined_at else {
             return Some(match stage.blobs.is_empty() {
-                true => "a registry may remember what was removed; the sweep after the drain has it forgotten once more".to_string(),
-                false => "a sweep has begun to take it and goes on with the next one; its blobs are still in the store".to_string(),
+                true => "a registry may remember what was removed; a sweep after the drain tells it to forget that once more".to_string(),
+                false => "a sweep has begun to take it, and the next sweep goes on; its blobs are still in the store".to_string(),
             });
         };
         match quarantined_at.left(look, drain, Duration::ZERO) {

@@ -146,7 +146,9 @@ impl Watch {
         }
         match is_told? {
             true => Ok(self),
-            false => Err(Error::invalid("a change that was made to try it was not told")),
+            false => {
+                Err(Error::invalid("regfs changed a file in .regfs to try it, and the kernel told nothing"))
+            }
         }
     }
 

@@ -549,7 +549,7 @@ fn a_process_whose_time_is_faked_takes_nothing_early() {
         let outcome = sh(store.root(), &words).outcome();
         assert_eq!(outcome.code, Some(0), "{jump}: {}", outcome.stdout);
         assert!(outcome.stdout.contains("nothing to take"), "{jump}: {}", outcome.stdout);
-        assert!(outcome.stdout.contains("the clock"), "{jump}: {}", outcome.stdout);
+        assert!(outcome.stdout.contains("note: the clock"), "{jump}: {}", outcome.stdout);
     }
     assert!(store.blob(&sha256(GARBAGE)).exists());
 }

@@ -64,19 +64,19 @@ pub(super) struct GcArgs {
     /// Purge what has been in the trash for longer than this
     #[arg(long, value_name = "AGE", default_value = "7d", value_parser = duration)]
     keep: Duration,
-    /// Remove also more than half of all manifests, and 20 or more, which a rule that goes by tags does otherwise not
+    /// Go on where more than half of all manifests (and at least 20) would be removed
     #[arg(long)]
     allow_large: bool,
     /// No registry runs: take everything at once instead of step by step
     #[arg(long)]
     registry_stopped: bool,
-    /// With --registry-stopped: whatever runs on this machine has nothing to do with this storage
+    /// With --registry-stopped: don't look for a registry; nothing on this machine writes to this storage
     #[arg(long, requires = "registry_stopped")]
     force: bool,
-    /// With --registry-stopped: the cache that outlives the registry (redis) was emptied since it stopped
+    /// With --registry-stopped: the redis of the registry was emptied after the registry had stopped
     #[arg(long, requires = "registry_stopped")]
     cache_emptied: bool,
-    /// Forget what earlier runs learnt of the registries of this storage; with no other word, do nothing else
+    /// Forget what earlier runs learnt of the registries of this storage; with no other option, do nothing else
     #[arg(long, conflicts_with = "dry_run")]
     forget_registries: bool,
     #[command(flatten)]
@@ -87,7 +87,7 @@ pub(super) struct GcArgs {
     /// Free the bytes at once; for a registry that is stopped or read-only
     #[arg(long)]
     now: bool,
-    /// Ask at most so much of the storage in a second (calls: looks, moves, removals)
+    /// Make at most N calls to the storage in a second (looks, moves, removals)
     #[arg(long, value_name = "N", value_parser = parse_rate)]
     rate: Option<u32>,
     /// How many threads look at the store; if not given 32, which pays on a cold disk, or one for each processor
@@ -149,6 +149,9 @@ pub(super) fn run(args: &GcArgs, typed_args: &[OsString], environment: Environme
     let store = Disk::open(&argument.storage_root)?;
     let registries = args.registry.known(&argument, environment)?;
     let author = Author::current(&typed(typed_args));
+    if let Some(ignored) = registries.ignored().filter(|_| args.output.verbose) {
+        say(&ignored);
+    }
     if args.forget_registries {
         let forgotten = seen::forget(&store, &author.command)?;
         let all = if forgotten.is_empty() {

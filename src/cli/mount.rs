@@ -55,15 +55,15 @@ pub(super) struct MountArgs {
     /// Purge what has been in the trash for longer than this, unless a sweep says otherwise
     #[arg(long, value_name = "AGE", default_value = "7d", value_parser = duration)]
     keep: Duration,
-    /// Ask at most so much of the storage in a second of a sweep (calls: looks, moves, removals), unless it says otherwise
+    /// In a sweep, make at most N calls to the storage in a second (looks, moves, removals), unless it says otherwise
     #[arg(long, value_name = "N", value_parser = parse_rate)]
     rate: Option<u32>,
     #[command(flatten)]
     registry: RegistryArgs,
-    /// Sweep by itself, so long after the sweep before
+    /// Sweep by itself, at this interval
     #[arg(long, value_name = "TIME", value_parser = interval)]
     sweep_every: Option<Duration>,
-    /// Only in this part of the day, by the local clock
+    /// Sweep by itself only in this part of the day, by the local clock
     #[arg(long, value_name = "HH:MM-HH:MM", value_parser = Window::parse, requires = "sweep_every")]
     sweep_window: Option<Window>,
     /// Hold a registry that works in that directory (a bind mount of the storage, made if it is not there yet) where it

@@ -19,7 +19,7 @@ pub(super) struct OutputArgs {
     /// Print the report as JSON; the same as --format json
     #[arg(long)]
     json: bool,
-    /// Show every repository and every single thing
+    /// Show every repository, every single thing, and which processes were ignored
     #[arg(short, long)]
     pub(super) verbose: bool,
 }

@@ -24,11 +24,11 @@ const AUTH_LIMIT: u64 = 64 << 10;
 /// How registries that may be running are dealt with.
 #[derive(Args, Debug)]
 pub(super) struct RegistryArgs {
-    /// Ask the registries there before a blob goes, all that serve this storage; by default those of config.yml
+    /// The URLs of all registries that serve this storage: each is asked before a blob goes; by default that of config.yml
     #[arg(long, value_name = "URL", value_delimiter = ',', value_parser = url)]
     pub(super) registry: Vec<String>,
-    /// A file with user:password, or Bearer and a token, for them; or the variable REGFS_REGISTRY_AUTH. A line "realm URL"
-    /// names a token service on another host that may have it
+    /// A file with user:password, or Bearer and a token, for those registries; or the variable REGFS_REGISTRY_AUTH. A line
+    /// "realm URL" names a token service on another host that may get it, too
     #[arg(long, value_name = "FILE")]
     pub(super) registry_auth: Option<PathBuf>,
     /// Certificates (PEM) to trust besides the system's: those of registries, or of who signed them
@@ -44,8 +44,8 @@ pub(super) struct RegistryArgs {
 /// Where registries remember if not in their own memory.
 #[derive(Args, Debug)]
 pub(super) struct RedisArgs {
-    /// Where registries remember whose cache is redis, as redis://[USER@]HOST[:PORT][/DB] or rediss://…; by default what
-    /// config.yml says. The password belongs into the variable REGFS_REDIS_PASSWORD
+    /// The redis in which registries remember blobs: redis://[USER@]HOST[:PORT][/DB], or rediss://… for TLS; by default that
+    /// of config.yml. Its password belongs into the variable REGFS_REDIS_PASSWORD
     #[arg(long, value_name = "URL", value_parser = redis::parse_url)]
     pub(super) redis: Option<RedisConfig>,
 }

@@ -60,10 +60,10 @@ enum TrashCommand {
         /// No registry runs: purge what one may remember, too
         #[arg(long)]
         registry_stopped: bool,
-        /// With --registry-stopped: whatever runs on this machine has nothing to do with this storage
+        /// With --registry-stopped: don't look for a registry; nothing on this machine writes to this storage
         #[arg(long, requires = "registry_stopped")]
         force: bool,
-        /// With --registry-stopped: the cache that outlives the registry was emptied since it stopped
+        /// With --registry-stopped: the redis of the registry was emptied after the registry had stopped
         #[arg(long, requires = "registry_stopped")]
         cache_emptied: bool,
         #[command(flatten)]

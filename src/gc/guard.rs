@@ -52,6 +52,7 @@ use super::mark;
 use super::plan::{Item, Plan, Policy, Reason, What, Young};
 use super::sweep::{self, Taken};
 use super::{Options, Progress};
+use crate::advice::Advice;
 use crate::catalog::Catalog;
 use crate::catalog::intern::{DigestId, IdSet};
 use crate::clock::{Clock, Next, Now};
@@ -498,8 +499,9 @@ pub(super) fn go_on(store: &dyn Store, clock: &Clock) -> Result<Vec<String>> {
                 log::info!("{}: a sweep that was interrupted goes on", transaction.id);
             }
             Some(Err(why)) => unclear.push(format!(
-                "transaction {} stays: how far it has come can't be read ({why}); undo it",
-                transaction.id
+                "transaction {} stays: regfs can't read how far it has come ({why}); run {}",
+                transaction.id,
+                Advice::Undo(transaction.id.clone())
             )),
             _ => {}
         }

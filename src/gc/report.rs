@@ -275,7 +275,7 @@ impl Report {
         let due = self.states.iter().find(|total| total.state == State::WaitingForRegistry)?;
         let what = format!("{} ({})", count(due.blobs, "blob"), human(due.bytes));
         let would = if self.mode == Mode::DryRun { "would be" } else { "was" };
-        Some(format!("nothing {would} taken: {what} may go by its age, but {why}"))
+        Some(format!("nothing {would} taken: {what} may go by age, but {why}"))
     }
 
     /// What the run relied on.

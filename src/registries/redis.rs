@@ -133,7 +133,7 @@ impl Redis {
             }
             false => "",
         };
-        Error::Busy { why: format!("the redis at {} does not do what it is asked: {e}{next}", self.address) }
+        Error::Busy { why: format!("the redis at {} refuses a command: {e}{next}", self.address) }
     }
 
     /// The repositories that it remembers anything of.

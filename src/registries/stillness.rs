@@ -66,7 +66,7 @@ pub(super) fn blindness(hidden: usize) -> Option<String> {
 /// What a stopped sweep relies on, in words.
 pub(super) fn relied_on(count: usize, root: &Path) -> String {
     format!(
-        "no registry among {count} processes, no file below {} open, no container with it",
+        "no registry among {count} processes, no file below {} open, no container has it mounted",
         root.printable()
     )
 }

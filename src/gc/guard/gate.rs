@@ -101,7 +101,7 @@ impl fmt::Display for Witness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Some(looks) => f.write_str(&looks.relied_on()),
-            None => f.write_str("so it was said, and nobody looked"),
+            None => f.write_str("that was said with {+force}, so regfs did not look for one"),
         }
     }
 }

@@ -37,6 +37,7 @@ struct Json<'a> {
     gate_reason: String,
     metadata: &'static str,
     held_back: Option<String>,
+    clock: Option<&'a str>,
     states: &'a [Total],
     by_kind: Vec<KindTotal>,
     by_reason: Vec<ReasonTotal>,
@@ -212,6 +213,7 @@ impl Report {
             gate_reason: place.say(&self.options.gate.to_string()),
             metadata: self.kept.word(),
             held_back: self.held_back().map(|why| place.say(&why)),
+            clock: self.clock.as_deref(),
             states: &self.states,
             by_kind: by_kind.map(|(kind, t)| KindTotal { kind, count: t.count, bytes: t.bytes }).collect(),
             by_reason: by_reason

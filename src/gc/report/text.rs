@@ -50,6 +50,9 @@ impl Report {
 
     /// What has to be known before anything else is read.
     fn write_notes(&self, out: &mut dyn Write, place: Place<'_>) -> io::Result<()> {
+        if let Some(clock) = &self.clock {
+            writeln!(out, "note: {clock}\n")?;
+        }
         match (&self.refusal, &self.kept) {
             (Some(why), _) if self.mode == Mode::DryRun => {
                 writeln!(out, "note: a sweep with the same words would take nothing: {}\n", place.say(why))
@@ -261,7 +264,7 @@ impl Report {
         self.write_young_manifests(out)?;
         if !self.plan.is_thorough && !matches!(self.kept, Kept::Database(_)) {
             let thorough = place.say("{+thorough}");
-            writeln!(out, "{thorough} finds what is left over in directories of what is in use, too")?;
+            writeln!(out, "{thorough} looks for leftovers in directories that are in use, too")?;
         }
         writeln!(out, "{}", self.outcome())?;
         match self.held_back().filter(|_| self.mode == Mode::Sweep) {
@@ -328,7 +331,7 @@ impl Report {
             None => Ok(()),
             Some(last) => writeln!(
                 out,
-                "{} of these {} in the future, up to {}: a clock was wrong, or is now, and until then they count as young",
+                "{} of the young ones {} in the future, up to {}: a clock was wrong, or is wrong now. Until then they count as young",
                 times.len(),
                 if times.len() == 1 { "has a time" } else { "have times" },
                 timestamp(*last)

@@ -30,7 +30,7 @@ impl Client {
         witness: Option<&Digest>,
     ) -> Result<()> {
         if let Err(e) = traces::settle(store) {
-            log::warn!("what an interrupted run left was not removed: {e}");
+            log::warn!("could not remove what an interrupted run left: {e}");
         }
         let mut asked = BTreeSet::new();
         let mut hidden = Vec::new();
