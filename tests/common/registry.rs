@@ -17,7 +17,7 @@ use super::http::{Response, request};
 use super::image::Image;
 use super::redis::RedisServer;
 use super::run::{Bounded, clean};
-use super::{entries, scratch, snapshot};
+use super::{entries, scratch, snapshot, wait_for};
 
 /// All the manifest types a client of today accepts.
 const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
@@ -91,6 +91,8 @@ pub(crate) struct Registry {
     storage: Option<PathBuf>,
     /// Variables of its environment.
     environment: Vec<(&'static str, &'static str)>,
+    /// Words before its own: a program that starts it.
+    launcher: Vec<String>,
     /// Goes after the process has ended.
     present: Box<dyn Send + Sync>,
     dir: TempDir,
@@ -152,6 +154,7 @@ impl Registry {
             cache: cache.into(),
             storage: None,
             environment: Vec::new(),
+            launcher: Vec::new(),
             present: Box::new(Present::new()),
             dir,
         };
@@ -223,6 +226,7 @@ impl Registry {
             cache: cache.into(),
             storage: Some(storage),
             environment: Vec::new(),
+            launcher: Vec::new(),
             present: Box::new(Present::new()),
             dir: scratch(),
         };
@@ -253,7 +257,17 @@ impl Registry {
         if let Some(mut process) = self.process.take() {
             process.kill().unwrap();
             process.wait().unwrap();
+            wait_for("what it launched to end", Duration::from_secs(20), || {
+                (!answers(self.port)).then_some(())
+            });
         }
+    }
+
+    /// Starts it again by another program, which may stay.
+    pub(crate) fn launch_with(&mut self, launcher: &[&str]) {
+        self.stop();
+        self.launcher = launcher.iter().map(ToString::to_string).collect();
+        self.restart();
     }
 
     /// Starts it (again).
@@ -290,7 +304,10 @@ impl Registry {
         let log = fs::File::create(self.log()).unwrap();
         // setpriv: it must not outlive us however we end.
         let mut process = clean("setpriv")
-            .args(["--pdeathsig", "KILL", binary(), "serve"])
+            .args(["--pdeathsig", "KILL"])
+            .args(&self.launcher)
+            .args(if self.launcher.is_empty() { &[][..] } else { &["setpriv", "--pdeathsig", "KILL"] })
+            .args([binary(), "serve"])
             .arg(self.config())
             .envs(self.environment.iter().copied())
             .env("OTEL_TRACES_EXPORTER", "none")
