@@ -367,26 +367,27 @@ Each cell is what the owner of the mount gets; `tests/errno.rs` tries them all o
 (`REGFS_WRITE_DOCS=1 cargo test --test errno`). A *text* is any generated file, an *image* a directory below
 `manifests/sha256/`.
 
-- A read-only mount answers `EROFS` to whatever would change something, unless the operation is wrong for such a node
-  anyway. Another user (`--allow-other`) gets `EACCES` or `EPERM` there, and `EACCES` for what is in
-  the files of `control/` but `status` and `log`.
-- `EROFS` stands for what can never be changed here. It is never `EXDEV` inside the mount, after which `mv` would copy
-  and then delete. Out of the mount it is: `mv` copies what it was given, the symlink of a tag or the one file of a
-  manifest and not the image, and removes it here as `rm` does. The trash has it.
+- A read-only mount answers `EROFS` to each change that the table allows. Another user (`--allow-other`) gets `EACCES` or
+  `EPERM` there. Such a user may read `control/status` and `control/log`, and gets `EACCES` for the other files of `control/`.
+- `EROFS` stands for what can never be changed here. Inside the mount there is no `EXDEV`, after which `mv` would copy
+  and then delete. Out of the mount there is: `mv` copies what it was given (the symlink of a tag, or the one file of a
+  manifest, not the image), and removes it here as `rm` does, into the trash.
 - `EPERM`, where removing means nothing: a sweep takes blobs, not `rm`; control files stay.
 - `EBUSY`: an index that stays holds the manifest (remove the index's tag first), another regfs is changing the store,
   an upload is younger than the grace period, or a sweep is wanted of a mount that was unmounted while somebody is inside.
 - `EAGAIN`: a push moved the tag at the same moment. Nothing was changed; look again.
 - `EAGAIN` of a write to `control/gc` or `control/trash`: the sweep was held back (by a registry, or because a rule would remove
-  most manifests), or a purge left something of what was asked for. The file says why.
-- `EPERM` of any change: a GitLab registry or a Harbor keeps the tags in its database. `control/log` says what to do instead.
+  most manifests), or a purge left something of what was asked for. `EIO`: the run, or an undo with conflicts, did part of
+  what was asked for. The file says why.
+- `EPERM` of `rm`, `ln -s`, `mv`, `mkdir`, or a sweep `untagged` or `referrers=orphans`: a GitLab registry or a Harbor keeps the
+  tags in its database. GitLab's makes it that of every sweep and purge, too. `control/log` says what to do instead.
 - `ENOENT` for a symlink that names a tag or an image that is not there, `EINVAL` for one that can name none. `EINVAL` of `mv` and
   `mkdir`: no name for a repository (`mv` then speaks of a subdirectory of itself); `control/log` has the reason. `ENOTEMPTY` and
   `EBUSY` of `mv`: there is a repository of that name, or a push in progress. `EINVAL` of a write to a
   control file: not understood; the file then reads as the grammar.
 - `EOPNOTSUPP` for extended attributes: there are none, and `ls`, `cp -a` and `rsync -X` stay silent about it.
-- `ok` of `chown` and `touch` means that nothing happened: `cp -a` and `rsync` give what they made the owner and the mode it
-  has, and times, in the place of which tags, and what they stand in, keep those of pushes.
+- `ok` of `chown` and `touch` means that nothing happened. `cp -a` and `rsync` set owner, mode and times of what they made: owner
+  and mode are those it has already, and tags and their directories keep the times of pushes.
 - `ok` of `mkdir` is a repository to be: an empty directory in the store, which stays until `rmdir` or a sweep takes it.
 ";
 
