@@ -31,10 +31,10 @@ use crate::view::control::{parse_glob, parse_rate, parse_referrers};
 pub(super) struct GcArgs {
     /// The registry's rootdirectory or its config.yml
     store: PathBuf,
-    /// Say what would be taken; change nothing
+    /// Say what a sweep with the same options would do now; change nothing
     #[arg(long)]
     dry_run: bool,
-    /// In a dry run, don't read tags: counts what only a tag names whose manifest was deleted, which a sweep leaves
+    /// In a dry run, don't read tags: counts also what only a tag names whose manifest was deleted, which a sweep leaves
     #[arg(long, requires = "dry_run", conflicts_with_all = ["untagged", "referrers", "thorough", "repair"])]
     quick: bool,
     /// Take manifests that no tag leads to, too; with an age, those pushed longer ago than that
@@ -55,7 +55,7 @@ pub(super) struct GcArgs {
     /// Look into every directory for leftovers; a sweep of a small store (100,000 directories) always does
     #[arg(long)]
     thorough: bool,
-    /// Let damage keep nothing: what a manifest or a tag that can't be read might lead to is taken
+    /// Take also what a manifest or a tag that can't be read might lead to
     #[arg(long)]
     ignore_damaged: bool,
     /// Leave what was used more recently than this
