@@ -14,6 +14,7 @@
 //! 1. A command works as it is printed: paths are quoted for a shell where they need it, and a test runs each [`Advice`].
 //! 2. An option is one of [`OPTIONS`], which a test gives to the command line and to the control file.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::Path;
 
@@ -98,7 +99,7 @@ impl Advice {
     /// The command as it is typed there.
     pub fn at(&self, place: Place<'_>) -> String {
         match place {
-            Place::CommandLine(store) => self.on_command_line(&quoted(&store.printable().to_string())),
+            Place::CommandLine(store) => self.on_command_line(&quoted(store)),
             Place::ControlFile => self.in_mount(),
         }
     }
@@ -164,13 +165,19 @@ impl Place<'_> {
     }
 }
 
+/// The command after which nothing is known of the registries of the storage below `root`. No control file has a word for it.
+pub fn forget_registries(root: &Path) -> String {
+    format!("regfs gc {} --forget-registries", quoted(root))
+}
+
 /// A word for a shell.
-fn quoted(word: &str) -> String {
+pub fn quoted(word: &(impl AsRef<OsStr> + ?Sized)) -> String {
+    // What a terminal would obey is shown, not typed: whoever has such a name has to find it with `ls`.
+    let word = word.printable().to_string();
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:@%+,".contains(c);
     match !word.is_empty() && word.chars().all(is_plain) {
-        true => word.to_string(),
-        // What a terminal would obey is shown, not typed: whoever has such a name has to find it with `ls`.
-        false => format!("'{}'", word.printable().to_string().replace('\'', r"'\''")),
+        true => word,
+        false => format!("'{}'", word.replace('\'', r"'\''")),
     }
 }
 

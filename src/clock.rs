@@ -26,8 +26,8 @@ use std::time::{Duration, SystemTime};
 use rustix::time::{ClockId, Timespec, clock_gettime};
 use serde::{Deserialize, Serialize};
 
+use crate::advice::quoted;
 use crate::layout;
-use crate::printable::Printable;
 use crate::store::Store;
 
 pub use seen::Clock;
@@ -278,11 +278,11 @@ impl Jump {
     pub fn text(&self, store: &dyn Store) -> String {
         let by = |by: &Duration| humantime::format_duration(Duration::from_secs(by.as_secs())).to_string();
         let place = store.full(Path::new(layout::CLOCK));
-        let place = place.printable();
+        let place = quoted(&place);
         match self {
             Jump::Ahead(ahead) => format!(
                 "the clock is {} ahead of the time that regfs has seen pass. Ages are counted without this jump. Set the clock; if it is \
-                 right, run: rm '{place}'",
+                 right, run: rm {place}",
                 by(ahead)
             ),
             Jump::Faked(ahead) => format!(
@@ -292,7 +292,7 @@ impl Jump {
             ),
             Jump::Behind(behind) => format!(
                 "the clock is {} behind the time that regfs has seen. All waits (grace, keep, drain) take longer. Set the clock; if it is right, \
-                 run: rm '{place}'",
+                 run: rm {place}",
                 by(behind)
             ),
         }

@@ -69,6 +69,12 @@ const LINK: &str = "link";
 const DATA: &str = "data";
 const CURRENT: &str = "current";
 
+/// The storage root of a registry directory that is below it.
+pub fn storage_root(registry: &Path) -> &Path {
+    let depth = Path::new(REGISTRY_DIR).components().count();
+    registry.ancestors().nth(depth).unwrap_or(registry)
+}
+
 /// Directory of the blobs whose hex begins with `prefix`: `blobs/sha256/ab`.
 pub fn blob_shard(algorithm: Algorithm, prefix: &str) -> PathBuf {
     Path::new(BLOBS).join(algorithm.name()).join(prefix)

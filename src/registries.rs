@@ -157,8 +157,12 @@ impl Known {
     /// All that can be known without asking a registry. Where it was said that none runs, other traces of one are looked
     /// for as well; where that is sure, for none.
     fn look(&self, said: Said) -> Result<Evidence> {
-        let mut seen =
-            Evidence { named: self.named.clone(), redis: self.redis.clone(), ..Evidence::default() };
+        let mut seen = Evidence {
+            root: self.root.clone().unwrap_or_default(),
+            named: self.named.clone(),
+            redis: self.redis.clone(),
+            ..Evidence::default()
+        };
         if let Some(root) = self.root.as_ref().filter(|_| !said.is_sure()) {
             let table = processes::look(root)?;
             for stranger in &table.strangers {

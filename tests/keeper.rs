@@ -7,10 +7,11 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use common::image::{Image, layer};
 use common::mount::Mount;
-use common::run::{Bounded, regfs, sh};
+use common::run::{Bounded, Outcome, regfs, sh};
 use common::store::Store;
 use common::{have, scratch, snapshot};
 use regfs::advice::{Advice, OPTIONS, Place};
@@ -210,6 +211,46 @@ fn every_command_that_a_message_proposes_works_as_it_is_printed() {
         let needs = if word == "force" || word == "cache-emptied" { "registry-stopped " } else { "" };
         sh(mount.point(), &format!("echo 'dry-run {needs}{word}' > control/gc")).outcome().exits(0);
     }
+}
+
+/// What stands between two marks in a text.
+fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
+    let (_, rest) = text.split_once(before).unwrap_or_else(|| panic!("{before:?} in {text:?}"));
+    rest.split_once(after).map_or(rest, |(command, _)| command)
+}
+
+#[test]
+fn what_to_type_about_files_of_regfs_works_as_it_is_printed() {
+    let dir = scratch();
+    let root = dir.path().join("it's my registry");
+    regfs(["sample"]).arg(&root).outcome().exits(0);
+    let own = |name: &str| root.join("docker/registry/v2/.regfs").join(name);
+    let run = |command: &str| {
+        let line = format!("regfs() {{ '{}' \"$@\"; }}; {command}", env!("CARGO_BIN_EXE_regfs"));
+        sh(dir.path(), &line).outcome().exits(0);
+    };
+    let gc = || regfs(["gc"]).arg(&root).args(["--registry-stopped", "--force", "--json"]).outcome();
+    let clock = |outcome: &Outcome| -> serde_json::Value {
+        serde_json::from_str::<serde_json::Value>(&outcome.stdout).unwrap()["clock"].clone()
+    };
+    // All that was seen of the time is three hours ago, as after a pause of the machine.
+    assert!(clock(&gc().exits(0)).is_null());
+    let ago = SystemTime::now() - Duration::from_secs(3 * 3600);
+    let mut seen: serde_json::Value = serde_json::from_slice(&fs::read(own("clock")).unwrap()).unwrap();
+    let time = humantime::format_rfc3339_millis(ago).to_string();
+    seen["written"]["time"] = time.clone().into();
+    seen["seen"][0]["time"] = time.into();
+    fs::write(own("clock"), seen.to_string()).unwrap();
+    fs::File::options().write(true).open(own("clock")).unwrap().set_modified(ago).unwrap();
+    let outcome = gc().exits(0);
+    let told = clock(&outcome).as_str().unwrap_or_default().to_string();
+    assert!(told.contains("the clock is 2h 59m") || told.contains("the clock is 3h"), "{outcome}");
+    run(between(&told, "run: ", "\n"));
+    assert!(clock(&gc().exits(0)).is_null());
+    fs::write(own("registries.json"), "{").unwrap();
+    let outcome = gc();
+    run(between(&outcome.stderr, "run `", "`"));
+    assert!(!own("registries.json").exists(), "{outcome}");
 }
 
 #[test]

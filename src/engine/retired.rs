@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use super::{Engine, locked};
+use crate::advice::quoted;
 use crate::error::Error;
 use crate::layout;
 use crate::printable::Printable;
@@ -27,8 +28,7 @@ impl Engine {
     /// What somebody is told who is still inside.
     pub(super) fn sweeps_no_more(&self) -> Error {
         let full = self.store.full(Path::new(""));
-        let depth = Path::new(layout::REGISTRY_DIR).components().count();
-        let store = full.ancestors().nth(depth).unwrap_or(&full).printable();
+        let store = quoted(layout::storage_root(&full));
         let why =
             format!("this mount was unmounted and sweeps no more; use the command line: regfs gc {store}");
         Error::Busy { why }

@@ -31,6 +31,7 @@ use self::umount::unmount_lazily;
 pub use self::umount::{Left, umount};
 use super::cache::Forgetting;
 use super::filesystem::RegistryFilesystem;
+use crate::advice::quoted;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::printable::Printable;
@@ -165,18 +166,15 @@ fn clear_mountpoint(options: &MountOptions) -> Result<bool> {
             Ok(false)
         }
         Err(e) => Err(Error::io("mount on", mountpoint, e)),
-        Ok(_) if is_ours && options.replace && !rustix::process::geteuid().is_root() => {
-            Err(Error::invalid(format!(
-                "only root can replace a mount; unmount it first: regfs umount {}",
-                mountpoint.printable()
-            )))
-        }
+        Ok(_) if is_ours && options.replace && !rustix::process::geteuid().is_root() => Err(Error::invalid(
+            format!("only root can replace a mount; unmount it first: regfs umount {}", quoted(mountpoint)),
+        )),
         Ok(_) if is_ours && options.replace => Ok(true),
         Ok(_) if is_ours => Err(Error::Busy {
             why: format!(
                 "a regfs is mounted on {} already; unmount it first (regfs umount {}), or take its place with --replace",
                 mountpoint.printable(),
-                mountpoint.printable()
+                quoted(mountpoint)
             ),
         }),
         Ok(metadata) if !metadata.is_dir() => {

@@ -3,10 +3,13 @@
 //!
 //! The rules are functions of their own, in the order in which they count; the first that says something is the answer.
 
+use std::path::PathBuf;
+
 use super::http::Place;
 use super::processes::{Facts, Process};
 use super::seen::Entry;
 use super::whom::{Whom, whom};
+use crate::advice::forget_registries;
 use crate::error::{Error, Result};
 use crate::gc::guard::gate::Said;
 use crate::registry_config::RedisConfig;
@@ -14,6 +17,8 @@ use crate::registry_config::RedisConfig;
 /// All that is known.
 #[derive(Default)]
 pub(super) struct Evidence {
+    /// The storage root.
+    pub(super) root: PathBuf,
     /// Registries that run here and serve the storage, or may.
     pub(super) running: Vec<Process>,
     /// What matters of each of those, and of the config.yml that names the storage.
@@ -104,8 +109,8 @@ fn strangers(seen: &Evidence) -> Option<Verdict> {
     let stranger = seen.unasked.first()?;
     Some(Verdict::Stop(format!(
         "a registry of this storage that was seen before is not among those that are asked ({stranger}); name it, too, with \
-         --registry or its config.yml as STORE; or, if it does not serve this storage any more, run `regfs gc STORE \
-         --forget-registries`",
+         --registry or its config.yml as STORE; or, if it does not serve this storage any more, run `{}`",
+        forget_registries(&seen.root)
     )))
 }
 

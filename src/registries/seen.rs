@@ -20,6 +20,7 @@ use super::answering::is_one_place;
 use super::http::Place;
 use super::processes::{Facts, Outlives};
 use super::redis::address;
+use crate::advice::forget_registries;
 use crate::error::{Error, Result};
 use crate::keeper::Metadata;
 use crate::layout;
@@ -225,10 +226,12 @@ impl Seen {
     pub(super) fn read(store: &dyn Store) -> Result<Seen> {
         let path = Path::new(layout::REGISTRIES);
         let damaged = |why: &dyn std::fmt::Display| {
+            let own = store.full(Path::new(""));
             Error::invalid(format!(
-                "{} can't be read ({why}), so nobody knows what registries of this storage remember; run `regfs gc STORE \
-                 --forget-registries`, and name the registries again in the run after that",
-                store.full(path).printable()
+                "{} can't be read ({why}), so nobody knows what registries of this storage remember; run `{}`, and name the \
+                 registries again in the run after that",
+                store.full(path).printable(),
+                forget_registries(layout::storage_root(&own))
             ))
         };
         match store.read(path, LIMIT) {

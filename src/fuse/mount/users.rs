@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use super::table::{self, MountEntry};
+use crate::advice::quoted;
 use crate::printable::Printable;
 
 /// How many are named; a tree of a hundred workers needs no hundred lines.
@@ -28,10 +29,11 @@ pub(super) fn users(mount: &MountEntry) -> Vec<String> {
             && let Some(place) = place_in(&dir, &mount.device)
         {
             elsewhere.push(format!(
-                "{} (process {pid}) has it mounted on {place}, in a mount namespace of its own; to unmount it there: nsenter -t \
-                 {pid} -m umount {place}",
+                "{} (process {pid}) has it mounted on {}, in a mount namespace of its own; to unmount it there: nsenter -t {pid} -m \
+                 umount {}",
                 name(&dir),
-                place = place.printable()
+                place.printable(),
+                quoted(&place)
             ));
         }
     }
@@ -51,8 +53,9 @@ fn mounts_inside(mount: &MountEntry) -> Vec<String> {
     let others = mounts.into_iter().filter(|other| other.id != mount.id);
     let lines = others.filter_map(|other| match other.device == mount.device {
         true => Some(format!(
-            "it is mounted on {0}, too; to unmount it there: umount {0}",
-            other.place.printable()
+            "it is mounted on {}, too; to unmount it there: umount {}",
+            other.place.printable(),
+            quoted(&other.place)
         )),
         false if is_there && other.place != mount.place && other.place.starts_with(&mount.place) => {
             Some(format!("something is mounted on {}", other.place.printable()))
