@@ -198,6 +198,8 @@ fn whoever_holds_files_of_the_storage_open_and_could_write_contradicts_that_no_r
     let outcome = stopped(&store).exits(0);
     assert!(outcome.stdout.contains("no registry among"), "{outcome}");
     assert!(outcome.stdout.contains("nothing written since"), "{outcome}");
+    let forced = regfs(["gc", "--registry-stopped", "--force"]).arg(&store).outcome().exits(0);
+    assert!(forced.stdout.contains("with --force, so regfs did not look\n"), "{forced}");
 }
 
 #[test]

@@ -101,7 +101,7 @@ impl fmt::Display for Witness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Some(looks) => f.write_str(&looks.relied_on()),
-            None => f.write_str("that was said with {+force}, so regfs did not look for one"),
+            None => f.write_str("that was said with {+force}, so regfs did not look"),
         }
     }
 }
@@ -336,7 +336,7 @@ pub const UNKNOWN: &str = "nothing tells whether a registry runs and what it rem
 impl fmt::Display for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Gate::Stopped(witness) => write!(f, "none that can be written to runs: {witness}"),
+            Gate::Stopped(witness) => write!(f, "stopped or read-only: {witness}"),
             Gate::Off => f.write_str("the registry remembers nothing (no cache.blobdescriptor)"),
             Gate::Probe(probe) => {
                 write!(f, "each registry is asked before a blob goes ({})", probe.0.name().printable())

@@ -300,12 +300,11 @@ impl Report {
             return self.write_future(out);
         }
         if self.mode == Mode::Sweep && !self.options.gate.is_beside() {
-            let since = timestamp(self.started_at);
-            writeln!(
-                out,
-                "registry: {}, nothing written since {since}",
-                place.say(&self.options.gate.to_string())
-            )?;
+            write!(out, "registry: {}", place.say(&self.options.gate.to_string()))?;
+            match self.options.gate.has_witness() && self.is_complete() {
+                true => writeln!(out, ", nothing written since {}", timestamp(self.started_at))?,
+                false => writeln!(out)?,
+            }
         }
         if let Some(next) = self.plan.young.iter().filter_map(|y| y.eligible.time()).min() {
             writeln!(
