@@ -154,7 +154,7 @@ const WORDS: [&str; 9] = [
 
 #[test]
 fn a_dry_run_foresees_what_the_sweep_does() {
-    let mut seen = [0; 4];
+    let (mut seen, mut held_back) = ([0; 4], 0);
     for seed in 0..60 {
         let mut random = Random(seed);
         let store = random_store(&mut random);
@@ -188,6 +188,7 @@ fn a_dry_run_foresees_what_the_sweep_does() {
                     assert_eq!(report.failures, [""; 0], "{case}");
                     assert_eq!(outcome(&foreseen), outcome(&report), "{case}");
                     seen[seed as usize % gates.len()] += report.taken().count();
+                    held_back += usize::from(report.held_back().is_some());
                 }
             }
             let text = foreseen.text(Place::ControlFile, Details::Totals);
@@ -196,5 +197,6 @@ fn a_dry_run_foresees_what_the_sweep_does() {
             assert_eq!(advises, acts, "{case}: {text}");
         }
     }
+    assert!(held_back > 5, "only {held_back} runs were held back");
     assert!(seen[..3].iter().all(|taken| *taken > 20) && seen[3] == 0, "{seen:?}");
 }

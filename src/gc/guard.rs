@@ -125,17 +125,20 @@ impl Round<'_> {
         let old_items = plan.items;
         let mut fenced: HashMap<DigestId, usize> = HashMap::new();
         for (id, bytes) in blobs_in_order(&old_items) {
-            let wait = |eligible: Next| Young { digest: id, bytes, last_used: None, eligible };
+            let wait =
+                |eligible: Next| Young { digest: id, bytes, last_used: None, eligible, is_held_back: false };
             if staged.contains(id) {
                 let next = moves_on.get(&self.catalog.digest(id)).copied();
                 course.plan.young.push(wait(next.unwrap_or(Next::Open)));
                 continue;
             }
             let next = state::leaves(&ledger, id, self.options, self.look);
-            if next != Next::Due
-                || !state::may_take(self.store, &self.options.gate, &self.catalog.digest(id), bytes)?
-            {
-                course.plan.young.push(wait(if next == Next::Due { Next::Open } else { next }));
+            if next != Next::Due {
+                course.plan.young.push(wait(next));
+                continue;
+            }
+            if !state::may_take(self.store, &self.options.gate, &self.catalog.digest(id), bytes)? {
+                course.plan.young.push(Young { is_held_back: true, ..wait(Next::Open) });
                 continue;
             }
             fenced.insert(id, course.fence.len());

@@ -11,12 +11,14 @@
 //! 4. With a glob only what belongs to matching repositories goes. A blob belongs to all repositories with a layer
 //!    link to it, and to the one whose untagged manifest led to it; without either, nobody can say whose it was.
 
+mod going;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use super::mark::{self, Mark, Untagged};
-use super::orphans::{self, Orphans};
+pub use self::going::Going;
+use super::mark::{self, Mark};
 use super::repair::{self, Repair};
 use super::{Options, leftovers};
 use crate::catalog::intern::{DigestId, IdSet, NameId};
@@ -307,6 +309,8 @@ pub struct Young {
     pub last_used: Option<SystemTime>,
     /// From when on it may be taken.
     pub eligible: Next,
+    /// Whether it would be taken now if no registry could remember it.
+    pub is_held_back: bool,
 }
 
 /// A manifest that no tag leads to and that is too young to be taken.
@@ -337,71 +341,6 @@ pub struct Plan {
     pub is_thorough: bool,
     /// Whether directories that the sweep empties go at once.
     pub is_eager: bool,
-}
-
-/// Manifests and tags that go.
-#[derive(Default)]
-pub struct Going {
-    untagged: Untagged,
-    orphans: Orphans,
-    /// All revisions of the two.
-    revisions: Untagged,
-}
-
-impl Going {
-    /// Decides which go.
-    pub fn of(catalog: &Catalog, policy: &Policy) -> Going {
-        let mut untagged = match policy.options.untagged {
-            true => mark::untagged(catalog, &|revision| policy.is_young_manifest(revision)),
-            false => Untagged::new(),
-        };
-        untagged.retain(|name, _| policy.includes(name));
-        let orphans = match policy.options.orphans {
-            true => orphans::orphans(catalog, policy),
-            false => Orphans::default(),
-        };
-        let mut revisions = untagged.clone();
-        for (name, orphaned) in &orphans.revisions {
-            let all = revisions.entry(name.clone()).or_default();
-            all.extend(orphaned);
-            all.sort_unstable();
-            all.dedup();
-        }
-        Going { untagged, orphans, revisions }
-    }
-
-    /// Manifests that no tag leads to and that stay because they are young, or because such a one holds them.
-    fn young_manifests(&self, catalog: &Catalog, policy: &Policy) -> Vec<YoungManifest> {
-        let mut all = catalog.repositories.values().flat_map(|repository| &repository.revisions);
-        if !policy.options.untagged || !all.any(|revision| policy.is_young_manifest(revision)) {
-            return Vec::new();
-        }
-        let mut found = Vec::new();
-        let names = &catalog.tables.names;
-        for (name, untagged) in mark::untagged(catalog, &|_| false) {
-            let (Some(repository), true) = (catalog.repository(&name), policy.includes(&name)) else {
-                continue;
-            };
-            let going: IdSet = self.revisions_of(&name).iter().copied().collect();
-            for digest in untagged.into_iter().filter(|id| !going.contains(*id)) {
-                let revision = repository.revision(digest).filter(|r| policy.is_young_manifest(r));
-                let eligible_at =
-                    revision.and_then(|r| r.version.last_change()?.checked_add(policy.untagged_age()));
-                found.push(YoungManifest { repository: names.intern(name.as_os_str()), digest, eligible_at });
-            }
-        }
-        found
-    }
-
-    /// The manifests of a repository that go.
-    pub fn revisions_of(&self, repository: &Path) -> &[DigestId] {
-        self.revisions.get(repository).map_or(&[], Vec::as_slice)
-    }
-
-    /// The tags of a repository that go.
-    pub fn tags_of(&self, repository: NameId) -> impl Iterator<Item = NameId> {
-        self.orphans.tags.iter().filter(move |(name, ..)| *name == repository).map(|(_, tag, _)| *tag)
-    }
 }
 
 impl Plan {
@@ -593,7 +532,8 @@ pub fn decide(catalog: &Catalog, going: &Going, candidates: &[Candidate], policy
         }
         if policy.is_young(candidate.last_used) {
             let eligible = policy.eligible(candidate.last_used);
-            plan.young.push(Young { digest, bytes, last_used: Some(candidate.last_used), eligible });
+            let last_used = Some(candidate.last_used);
+            plan.young.push(Young { digest, bytes, last_used, eligible, is_held_back: false });
             continue;
         }
         links.extend(candidate.links.iter().map(|(repository, layer)| (*repository, *layer, reason)));

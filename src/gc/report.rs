@@ -24,7 +24,7 @@ use super::Options;
 use super::brake::Extent;
 use super::guard::gate::Gate;
 use super::guard::state::{self, State, Unreferenced};
-use super::plan::{Item, ItemKind, Plan, Reason};
+use super::plan::{Item, ItemKind, Plan, Reason, Young};
 use super::repair::Repair;
 use super::sweep::Taken;
 pub use crate::advice::Place;
@@ -259,7 +259,8 @@ impl Report {
     /// Finds out how much garbage is how far on its way out at `now`.
     pub(super) fn set_states(&mut self, store: &dyn Store, tables: &Tables, now: &Now) -> Result<()> {
         let young = self.plan.young.iter();
-        let young = young.map(|y| Unreferenced { id: y.digest, bytes: y.bytes, old: y.eligible });
+        let old = |young: &Young| young.last_used.map_or(Next::Due, |_| young.eligible);
+        let young = young.map(|y| Unreferenced { id: y.digest, bytes: y.bytes, old: old(y) });
         let old = self.plan.items.iter().filter(|_| self.mode == Mode::DryRun).filter_map(Item::blob);
         let old = old.map(|(id, bytes)| Unreferenced { id, bytes, old: Next::Due });
         self.states = state::totals(&state::all(store, tables, young.chain(old), &self.options, now)?);
@@ -272,8 +273,13 @@ impl Report {
             return Some(why.clone());
         }
         let Gate::Stop { why } = &self.options.gate else { return None };
-        let due = self.states.iter().find(|total| total.state == State::WaitingForRegistry)?;
-        let what = format!("{} ({})", count(due.blobs, "blob"), human(due.bytes));
+        let mut held = Total::default();
+        let young = self.plan.young.iter().filter(|young| young.is_held_back);
+        young.for_each(|young| held.add(young.bytes));
+        if held.count == 0 {
+            return None;
+        }
+        let what = format!("{} ({})", count(held.count, "blob"), human(held.bytes));
         let would = if self.mode == Mode::DryRun { "would be" } else { "was" };
         Some(format!("nothing {would} taken: {what} may go by age, but {why}"))
     }
