@@ -146,6 +146,7 @@ type Thing = usize;
 type Name = usize;
 
 /// What there can be to store.
+#[derive(Clone)]
 struct Content {
     bytes: Vec<u8>,
     /// The digest it is stored under.
@@ -187,7 +188,7 @@ struct Facts {
 type Items = BTreeMap<Item, Facts>;
 
 /// What a registry with a trash should hold.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Model {
     things: Vec<Content>,
     hour: u64,
@@ -1006,15 +1007,21 @@ impl World {
         let report = gc::run(&*self.store, &tables, &options, &author(), &Unwatched);
         let report = report.map_err(|e| e.to_string())?;
         let moved = report.taken().filter(|item| item.kind().is_moved());
-        // What would be given back first is not in the store yet.
-        let taken: BTreeSet<PathBuf> =
-            moved.map(|item| item.path(&tables)).filter(|path| !report.restored.contains(path)).collect();
-        let garbage = self.model.garbage(untagged, 0);
-        let facts = |item: &Item| self.model.store.get(item).cloned().unwrap_or_default();
-        let expected = garbage.iter().flat_map(|item| self.model.files(item, &facts(item)));
+        let taken: BTreeSet<PathBuf> = moved.map(|item| item.path(&tables)).collect();
+        // A sweep gives back first.
+        let mut model = self.model.clone();
+        model.give_back();
+        let garbage = model.garbage(untagged, 0);
+        let facts = |item: &Item| model.store.get(item).cloned().unwrap_or_default();
+        let expected = garbage.iter().flat_map(|item| model.files(item, &facts(item)));
         let expected: BTreeSet<PathBuf> = expected.map(|(path, _)| path).collect();
         let kept: Vec<_> = expected.difference(&taken).collect();
-        let lost: Vec<_> = taken.difference(&expected).collect();
+        // A link to what lies in the trash brings it back, to go with the link.
+        let trashed = model.trash.values().flatten().filter(|(item, _)| !model.has(item));
+        let trashed: BTreeSet<PathBuf> =
+            trashed.flat_map(|(item, facts)| model.files(item, facts)).map(|(path, _)| path).collect();
+        let goes_again = |path: &PathBuf| trashed.contains(path) && report.restored.contains(path);
+        let lost: Vec<_> = taken.difference(&expected).filter(|path| !goes_again(path)).collect();
         ensure(kept.is_empty() && lost.is_empty(), || {
             format!(
                 "untagged {untagged}: garbage that would be kept {kept:#?}, live data that would go {lost:#?}"

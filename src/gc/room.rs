@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use super::LOCK_WAIT;
 use super::collect::{Collection, judged};
 use super::guard::gate::Gate;
+use super::guard::outliving;
 use super::mark::{Untagged, mark};
 use super::plan::{Item, Plan};
 use crate::catalog::Catalog;
@@ -58,6 +59,7 @@ fn is_full(store: &dyn Store) -> Result<bool> {
 fn make(run: &Collection<'_>, catalog: &Catalog, plan: &Plan) -> Result<bool> {
     let store = run.store;
     run.options.keeper.allows(run.options.change())?;
+    outliving::tell(&run.options.gate, catalog, &plan.items)?;
     let reached = mark(catalog, &Untagged::new());
     let is_dead = |item: &Item| {
         item.blob().filter(|(id, _)| !reached.is_reachable(*id) && catalog.parsed(*id).is_none())
