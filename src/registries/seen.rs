@@ -219,6 +219,10 @@ pub(super) struct Seen {
 }
 
 impl Seen {
+    fn none() -> Seen {
+        Seen { version: VERSION, registries: Vec::new() }
+    }
+
     /// Reads it; none where there is no file.
     ///
     /// # Errors
@@ -235,7 +239,7 @@ impl Seen {
             ))
         };
         match store.read(path, LIMIT) {
-            Ok(None) => Ok(Seen { version: VERSION, registries: Vec::new() }),
+            Ok(None) => Ok(Seen::none()),
             Ok(Some((text, _))) => match serde_json::from_slice::<Seen>(&text) {
                 Ok(seen) if seen.version == VERSION => Ok(seen),
                 Ok(seen) => Err(damaged(&format!("version {}", seen.version))),
@@ -304,7 +308,11 @@ pub fn forget(store: &dyn Store, who: &str) -> Result<Vec<String>> {
     let _lock = store.lock(who, LOCK_WAIT)?;
     let lines = match Seen::read(store) {
         Ok(seen) => seen.registries.iter().map(Entry::text).collect(),
-        Err(_) => vec![format!("what {} said, which can't be read", store.full(path).printable())],
+        Err(_) => {
+            // Whatever stands there is replaced, and nothing of it followed.
+            Seen::none().write(store)?;
+            vec![format!("what {} said, which can't be read", store.full(path).printable())]
+        }
     };
     match store.remove(&[path.to_path_buf()]).into_iter().next() {
         Some(e) => Err(e),
