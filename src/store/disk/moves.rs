@@ -24,7 +24,7 @@ use super::open::kind_of;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::printable::Printable;
-use crate::store::Kind;
+use crate::store::{Kind, Store};
 
 /// A name in an open directory.
 #[derive(Clone, Copy)]
@@ -98,6 +98,7 @@ impl Disk {
             return Ok(());
         }
         let own = Path::new(layout::OWN);
+        let was_there = self.list(own)?.is_some();
         self.with_reserve(|| self.make_directories(own, None))?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let own = self.open_below(own, flags, Mode::empty()).map_err(|e| self.error("open", own, e))?;
@@ -105,6 +106,10 @@ impl Disk {
         let tried = self.try_moves(&own, &names);
         for name in &names {
             self.clear(&Path::new(layout::OWN).join(name))?;
+        }
+        if !was_there {
+            // Where it is not empty, somebody else needs it by now.
+            self.remove_directory(Path::new(layout::OWN))?;
         }
         match tried {
             // What is full now is no reason to do without; the change itself meets it again.
