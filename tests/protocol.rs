@@ -382,8 +382,11 @@ fn whole(found: &[(Model, Found)]) -> String {
     let mut text = "\n## Nothing left out\n\n| what goes | registry | | states | lost | broken |\n|---|---|---|--:|--:|--:|\n".to_string();
     for (model, found) in found.iter().filter(|(model, _)| model.without.is_none()) {
         assert_eq!(found.worst(), Worst::Nothing, "{model:?}: {found:#?}");
-        let how =
-            if model.has_sleeper { "a request sleeps" } else { "a crash, or a DELETE that fails, anywhere" };
+        let how = match model {
+            Model { has_sleeper: true, .. } => "a request sleeps",
+            Model { rounds: 0, .. } => "a crash, or a DELETE that fails, anywhere; one sweep",
+            _ => "a crash, or a DELETE that fails, anywhere; the sweep may begin anew",
+        };
         let (object, setting, states) = (model.object, name(model.setting), found.states);
         writeln!(text, "| {object:?} | {setting} | {how} | {states} | 0 | 0 |").unwrap();
     }

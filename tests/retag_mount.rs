@@ -211,13 +211,14 @@ fn what_makes_no_tag_is_refused_in_words() {
     fails(&mount, "mv images/app/_tags/2 images/app/_tags/1", read_only);
     fails(&mount, &format!("ln -sT {target} images/app/_tags/1"), "File exists");
     fails(&mount, &format!("ln -s {target} images/app/_tags/.hidden"), invalid);
-    fails(&mount, "ln -s 1 images/app/_tags/new", invalid);
+    fails(&mount, "ln -s 'no tag' images/app/_tags/new", invalid);
+    fails(&mount, "ln -s 3 images/app/_tags/new", "No such file or directory");
     fails(&mount, &format!("ln -s {nobody} images/app/_tags/new"), "No such file or directory");
     fails(&mount, &format!("ln -s {target} images/none/_tags/new"), "No such file or directory");
     fails(&mount, &format!("ln -s {target} images/none:new"), "No such file or directory");
     fails(&mount, &format!("ln -s {target} images/app/new"), read_only);
     fails(&mount, &format!("ln {target}/manifest.json images/app/_tags/new"), read_only);
-    fails(&mount, "mv images/app images/other", read_only);
+    fails(&mount, "mv -T images/app images/Other", "subdirectory of itself");
     fails(&mount, "mv images/app/_tags/1 images/app/", read_only);
     // Of a rename, GNU mv has only one idea what EINVAL means.
     fails(&mount, "mv images/app/_tags/1 images/app/_tags/-x", "subdirectory of itself");
