@@ -175,6 +175,7 @@ impl Known {
                 seen.relied_on = stillness::relied_on(table.count(), root);
             } else {
                 seen.relied_on = "each registry is read-only".to_string();
+                seen.sees_all = stillness::blindness(table.hidden).is_none();
             }
             seen.running = table.registries;
         }
@@ -186,7 +187,14 @@ impl Known {
     fn with_past(&self, now: Evidence) -> Result<Evidence> {
         let Some(root) = &self.root else { return Ok(now) };
         let past = Seen::read(&Disk::open(root)?)?.without(&self.entries(&now));
-        let unasked = past.iter().filter(|entry| entry.is_unasked(&now.named)).map(Entry::text).collect();
+        let asked: Vec<Place> = match now.named.is_empty() {
+            true => now.facts.iter().filter_map(|facts| facts.place.clone()).collect(),
+            false => now.named.clone(),
+        };
+        let unasked = past.iter().filter(|entry| entry.is_unasked(&asked));
+        // A registry of this machine would be among the processes; one that ended has forgotten.
+        let has_ended = |entry: &Entry| now.sees_all && entry.was_here_and_is_silent();
+        let unasked = unasked.filter(|entry| !has_ended(entry)).map(Entry::text).collect();
         Ok(Evidence { past, unasked, ..now })
     }
 
@@ -194,8 +202,11 @@ impl Known {
     fn entries(&self, now: &Evidence) -> Vec<Entry> {
         let of = |(at, facts): (usize, &Facts)| {
             // The last is that of the config.yml.
-            let is_process = at < now.running.len();
-            Entry::of(if is_process { Found::Process } else { Found::Config }, facts)
+            let running = now.facts.get(..now.running.len()).unwrap_or_default();
+            match at < running.len() {
+                true => Entry::of(Found::Process, facts),
+                false => Entry::of(Found::Config, facts).map(|entry| entry.beside(running)),
+            }
         };
         now.facts.iter().enumerate().filter_map(of).collect()
     }

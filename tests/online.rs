@@ -46,7 +46,10 @@ fn garbage_goes_one_step_with_each_run() {
         let (registry, gone) = garbage(cache);
         let store = registry.config();
         let first = step(&store);
-        assert_eq!((first.gate.as_str(), in_state(&first, "candidate")), (gate, 3), "{}", first.gate_reason);
+        assert_eq!(first.gate, gate, "{}", first.gate_reason);
+        // A slow machine has waited for the manifest by then.
+        let seen = in_state(&first, "candidate") + in_state(&first, "waiting-for-registry");
+        assert_eq!(seen, 3, "{:?}", first.states);
         let second = step(&store);
         assert_eq!(in_state(&second, "fenced"), goes, "{:?}", second.states);
         // Who pulls misses nothing; who pushes is told to upload.
@@ -128,8 +131,9 @@ fn a_registry_that_runs_is_found_and_its_word_counts_only_if_it_is_its_own() {
         let config = fs::read_to_string(registry.config()).unwrap();
         fs::write(registry.config(), config.replace("cache: {blobdescriptor: inmemory}", "cache: {}"))
             .unwrap();
+        // It is asked where it answers, which shows that it is the one; what it remembers nobody knows.
         let report = step(&registry.store());
-        assert_eq!(report.gate, "stop", "{}", report.gate_reason);
+        assert_eq!(report.gate, "probe", "{}", report.gate_reason);
         let report = step(&registry.config());
         assert_ne!(report.gate, "off", "{}", report.gate_reason);
     }

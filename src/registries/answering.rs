@@ -2,10 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ureq::http::Uri;
+
+/// This machine answers at once, unless it is told not to.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A process and those that started it: a launcher stands for what it launched.
 pub(super) fn lineage(pid: u32) -> Vec<u32> {
@@ -46,6 +51,16 @@ pub(super) fn ways_to(url: &str) -> BTreeSet<String> {
     if found.is_empty() { BTreeSet::from([url.to_string()]) } else { found }
 }
 
+/// Whether a URL leads to this machine, and nothing listens there.
+pub(super) fn is_silent_here(url: &str) -> bool {
+    let ways: Vec<SocketAddr> = ways_to(url).iter().filter_map(|way| way.parse().ok()).collect();
+    let is_refused = |way: &SocketAddr| {
+        let error = TcpStream::connect_timeout(way, CONNECT_TIMEOUT).err();
+        error.is_some_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+    };
+    !ways.is_empty() && ways.iter().all(|way| way.ip().is_loopback() && is_refused(way))
+}
+
 /// Whether two URLs lead to one place, as far as addresses tell: a name is not a registry.
 pub(super) fn is_one_place(one: &str, other: &str) -> bool {
     let path = |url: &str| url.parse::<Uri>().map_or_else(|_| url.to_string(), |uri| uri.path().to_string());
@@ -74,6 +89,18 @@ mod tests {
         }
         assert_ne!(addresses("127.0.0.1", 5001), one);
         assert_ne!(addresses("192.0.2.1", 5000), one);
+    }
+
+    #[test]
+    fn nothing_is_silent_but_a_port_of_this_machine_that_refuses() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://localhost:{}", listener.local_addr().unwrap().port());
+        assert!(!is_silent_here(&url));
+        drop(listener);
+        assert!(is_silent_here(&url));
+        for other in ["http://192.0.2.1:5000", "http://nowhere.invalid:5000", "unix:/run/a"] {
+            assert!(!is_silent_here(other), "{other}");
+        }
     }
 
     #[test]

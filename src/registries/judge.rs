@@ -35,6 +35,8 @@ pub(super) struct Evidence {
     pub(super) relied_on: String,
     /// Registries that were seen before, and of which nothing is known today.
     pub(super) past: Vec<Entry>,
+    /// Every process of this machine was looked at.
+    pub(super) sees_all: bool,
     /// Those of them that may run where nobody sees them and are not asked, in words.
     pub(super) unasked: Vec<String>,
 }

@@ -188,7 +188,7 @@ pub(super) struct Table {
     /// The processes that could write to the storage, and were looked at.
     writers: Vec<Handle>,
     /// So many processes can't be looked into from here, the first one apart.
-    hidden: usize,
+    pub(super) hidden: usize,
     /// Those that can't write to the storage, and so were not asked.
     pub(super) strangers: Vec<Stranger>,
     /// Which process made which.

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::answering::is_one_place;
+use super::answering::{is_one_place, is_silent_here};
 use super::http::Place;
 use super::processes::{Facts, Outlives};
 use super::redis::address;
@@ -66,6 +66,9 @@ pub(super) struct Entry {
     /// Where it keeps tags and manifests.
     #[serde(default)]
     metadata: Metadata,
+    /// It was among the processes of this machine when its config.yml was given.
+    #[serde(default)]
+    has_run_here: bool,
     first_seen: String,
     last_seen: String,
 }
@@ -117,6 +120,7 @@ impl Entry {
             url: None,
             redis: None,
             metadata: Metadata::Storage,
+            has_run_here: false,
             first_seen: now.clone(),
             last_seen: now,
         }
@@ -172,6 +176,18 @@ impl Entry {
         matches!(self.found, Found::Config | Found::Url) && may_remember && !asked.iter().any(is_at)
     }
 
+    /// The same, of a config.yml, with the processes that run.
+    pub(super) fn beside(self, running: &[Facts]) -> Entry {
+        let is_it = |facts: &Facts| facts.place.as_ref().map(|place| &place.url) == self.url.as_ref();
+        let has_run_here = self.url.is_some() && running.iter().any(is_it);
+        Entry { has_run_here, ..self }
+    }
+
+    /// Whether it ran on this machine, and nothing listens there any more.
+    pub(super) fn was_here_and_is_silent(&self) -> bool {
+        self.has_run_here && self.url.as_deref().is_some_and(is_silent_here)
+    }
+
     fn is_same(&self, other: &Entry) -> bool {
         let is_place = self.found == other.found && self.place == other.place;
         match (&self.url, &other.url) {
@@ -183,7 +199,8 @@ impl Entry {
 
     fn is_as(&self, other: &Entry) -> bool {
         let of = |entry: &Entry| {
-            (entry.place.clone(), entry.cache.clone(), entry.url.clone(), entry.redis.clone(), entry.metadata)
+            let kept = (entry.metadata, entry.has_run_here);
+            (entry.place.clone(), entry.cache.clone(), entry.url.clone(), entry.redis.clone(), kept)
         };
         self.found == other.found && of(self) == of(other)
     }
@@ -267,6 +284,8 @@ impl Seen {
                     entry = Entry { last_seen: entry.last_seen, ..old.clone() };
                 }
                 entry.first_seen.clone_from(&old.first_seen);
+                // At the same place only.
+                entry.has_run_here |= old.has_run_here && old.url == entry.url && old.found == entry.found;
                 is_changed |= !is_fresh || !entry.is_as(&old);
                 if is_fresh && entry.is_as(&old) {
                     entry = old;
