@@ -468,13 +468,17 @@ impl Engine {
                     self.run.is_running.store(false, Ordering::SeqCst);
                     return Err(self.sweeps_no_more());
                 }
-                let (engine, author) = (self.clone(), author.clone());
+                let (engine, author, what) = (self.clone(), author.clone(), text.trim().to_string());
                 // On a thread of its own, whose priority nothing else has.
                 let run = move || {
                     let result = engine.collect(options, said, &author);
                     if let Err(e) = &result {
                         if background {
                             engine.failed(&e.to_string());
+                            // Nobody waits who notes it.
+                            if !has_answered(e) {
+                                engine.note(&author, "command", &what, &e.to_string());
+                            }
                         }
                         if !has_answered(e) {
                             locked(&engine.reports).gc = format!("{e}\n");

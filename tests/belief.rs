@@ -342,4 +342,24 @@ fn what_a_mount_holds_back_stands_in_its_status_and_its_log() {
         assert!(told.contains("of 32 manifests") && told.contains("add allow-large"), "{file}: {told}");
     }
     mount.unmount();
+    // No registry is known, so a schedule takes nothing.
+    let mount = Mount::with(store.root(), &["--grace", "0", "--drain", "0", "--sweep-every", "1s"]);
+    common::wait_for("a sweep that is held back", Duration::from_secs(60), || {
+        let [status, log] = ["control/status", "control/log"].map(|file| mount.read(file));
+        (status.contains("nothing was taken") && log.contains("nothing was taken")).then_some(())
+    });
+    mount.unmount();
+    // A registry that has a database.
+    let locks = store.root().join("docker/registry/lockfiles");
+    fs::create_dir_all(&locks).unwrap();
+    fs::write(locks.join("database-in-use"), "").unwrap();
+    let mount = Mount::with(store.root(), &["--grace", "0", "--drain", "0", "--sweep-every", "1s"]);
+    common::wait_for("a sweep that is refused", Duration::from_secs(60), || {
+        let told = ["control/status", "control/log"].map(|file| mount.read(file));
+        let is_told = |line: &str| line.contains("metadata database");
+        let error = told[0].lines().find(|line| line.contains("\"last_error\""))?;
+        let log = told[1].lines().find(|line| line.contains("--sweep-every"))?;
+        (is_told(error) && is_told(log)).then_some(())
+    });
+    mount.unmount();
 }
