@@ -3,9 +3,10 @@
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConnection, StreamOwned};
 use ureq::unversioned::transport::{
@@ -22,8 +23,17 @@ impl<In: Transport> Connector<In> for UnixConnector {
     type Out = Wire<UnixStream>;
 
     fn connect(&self, details: &ConnectionDetails, _: Option<In>) -> Result<Option<Self::Out>, ureq::Error> {
-        Ok(Some(Wire::new(UnixStream::connect(&self.0)?, details)))
+        Ok(Some(Wire::new(connect(&self.0, details.timeout)?, details)))
     }
+}
+
+/// Connects, and waits no longer than that for a server that accepts nobody: its queue may be full.
+fn connect(path: &Path, timeout: NextTimeout) -> io::Result<UnixStream> {
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let stream = UnixStream::from(socket);
+    stream.set_write_timeout(timeout.not_zero().map(|time| *time))?;
+    net::connect(&stream, &SocketAddrUnix::new(path)?)?;
+    Ok(stream)
 }
 
 /// Speaks TLS where the URL says so, and believes whom a [`Trust`] believes.
@@ -172,5 +182,28 @@ impl<S: Stream> Transport for Wire<S> {
 
     fn is_tls(&self) -> bool {
         self.stream.is_tls()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_whose_queue_is_full_is_not_waited_for_for_ever() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+        let socket = socket.unwrap();
+        net::bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        net::listen(&socket, 0).unwrap();
+        let timeout = NextTimeout { after: Duration::from_millis(50).into(), ..NextTimeout::default() };
+        let connected: Vec<_> = (0..3).map(|_| connect(&path, timeout)).collect();
+        assert!(connected[0].is_ok());
+        assert!(connected[2].is_err());
     }
 }
