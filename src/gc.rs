@@ -55,7 +55,7 @@ const LOCK_WAIT: Duration = Duration::from_secs(5);
 /// Collects the garbage of a store, or says what there is.
 ///
 /// # Errors
-/// Everything up to the first change: [`Error::Unjudged`] with all that can't be judged, [`Error::Busy`] when
+/// Everything up to the first change: [`crate::error::Error::Unjudged`] with all that can't be judged, [`crate::error::Error::Busy`] when
 /// another regfs changes the store, failing calls. After it, failures are listed in the report.
 pub fn run(
     store: &dyn Store,

@@ -17,7 +17,7 @@ pub mod tree;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use crate::catalog::intern::{DigestId, IdSet, NameId};
@@ -59,6 +59,8 @@ pub struct Snapshot {
     pub trash: Vec<String>,
     /// Children of each directory below `images`, the root of it included.
     directories: Arc<Directories>,
+    /// Directories that were moved, the oldest first; shared with the snapshots that follow.
+    moved: Arc<RwLock<Vec<(PathBuf, PathBuf)>>>,
     /// When the entries of directories were found changed; of those that never were, nothing.
     changed_at: Arc<HashMap<Node, SystemTime>>,
     pushed: OnceLock<HashMap<DigestId, SystemTime>>,
@@ -101,6 +103,9 @@ pub struct Uses {
     pub keepers: HashMap<DigestId, Vec<PathBuf>>,
 }
 
+/// So many moves are remembered; the kernel is told of each at once.
+const MOST_MOVED: usize = 1000;
+
 impl Snapshot {
     /// Prepares the tree of `catalog`.
     pub fn new(catalog: Catalog, trash: Vec<String>) -> Snapshot {
@@ -120,6 +125,7 @@ impl Snapshot {
         let mut next = Snapshot::with(catalog, trash, directories);
         let stale = Stale::between(self, &next, blobs);
         next.changed_at = self.changed_at.clone();
+        next.moved = self.moved.clone();
         if !stale.contents.is_empty() {
             let now = SystemTime::now();
             // Grows with the directories that ever changed, not with how often they do.
@@ -134,6 +140,7 @@ impl Snapshot {
             trash,
             directories,
             changed_at: Arc::default(),
+            moved: Arc::default(),
             pushed: OnceLock::new(),
             mark: OnceLock::new(),
             listed: OnceLock::new(),
@@ -336,15 +343,46 @@ impl Snapshot {
         self.catalog.tables.names.intern(name.as_os_str())
     }
 
-    /// The path that a number stands for; `None` for a number from outside.
+    /// The path that a number stands for; `None` for a number from outside. That of a directory below `images` which was
+    /// moved is its new one, as long as nothing is at the old one: the kernel goes on with the number until it is told.
     pub fn path(&self, id: NameId) -> Option<PathBuf> {
+        let mut path = self.plain_path(id)?;
+        if self.directory(&path).is_none() {
+            for (from, to) in self.moved.read().unwrap_or_else(PoisonError::into_inner).iter() {
+                if self.directory(&path).is_none()
+                    && let Some(now) = renamed(&path, from, to)
+                {
+                    path = now;
+                }
+            }
+        }
+        Some(path)
+    }
+
+    /// The path that a number stands for, whatever was moved.
+    pub fn plain_path(&self, id: NameId) -> Option<PathBuf> {
         self.catalog.tables.names.checked(id).map(|name| PathBuf::from(&*name))
+    }
+
+    /// Notes that a directory below `images` is about to move.
+    pub fn note_move(&self, from: &Path, to: &Path) {
+        let mut moved = self.moved.write().unwrap_or_else(PoisonError::into_inner);
+        if moved.len() == MOST_MOVED {
+            moved.remove(0);
+        }
+        moved.push((from.to_path_buf(), to.to_path_buf()));
     }
 
     /// The name that a number stands for; `None` for a number from outside.
     pub fn name(&self, id: NameId) -> Option<Arc<OsStr>> {
         self.catalog.tables.names.checked(id)
     }
+}
+
+/// The name of `name` after `from` has become `to`; `None` for one that is not in it.
+pub fn renamed(name: &Path, from: &Path, to: &Path) -> Option<PathBuf> {
+    let rest = name.strip_prefix(from).ok()?;
+    Some(if rest.as_os_str().is_empty() { to.to_path_buf() } else { to.join(rest) })
 }
 
 fn directories(catalog: &Catalog) -> Directories {

@@ -44,7 +44,7 @@ pub(super) struct RegistryArgs {
 /// Where registries remember if not in their own memory.
 #[derive(Args, Debug)]
 pub(super) struct RedisArgs {
-    /// The redis in which registries remember blobs: redis://[USER@]HOST[:PORT][/DB], or rediss://… for TLS; by default that
+    /// The redis in which registries remember blobs: `redis://[USER@]HOST[:PORT][/DB]`, or `rediss://…` for TLS; by default that
     /// of config.yml. Its password belongs into the variable REGFS_REDIS_PASSWORD
     #[arg(long, value_name = "URL", value_parser = redis::parse_url)]
     pub(super) redis: Option<RedisConfig>,

@@ -15,6 +15,7 @@ use crate::layout;
 use crate::printable::Printable;
 use crate::trash::{Author, Transaction};
 use crate::view::node::Node;
+use crate::view::renamed;
 
 impl Engine {
     /// The directory below `images` that a name stands for; `None` for anything else.
@@ -97,6 +98,9 @@ impl Engine {
             }
             Ok(said)
         });
+        if moved.is_ok() {
+            current.note_move(from, to);
+        }
         self.publish(after, self.transactions(), &[]);
         moved
     }
@@ -127,10 +131,4 @@ impl Engine {
         }
         Ok(format!("moved {}; what went is in the trash, in {id}", count(moves.len(), "repository")))
     }
-}
-
-/// The name of `name` after `from` has become `to`; `None` for one that is not in it.
-fn renamed(name: &Path, from: &Path, to: &Path) -> Option<PathBuf> {
-    let rest = name.strip_prefix(from).ok()?;
-    Some(if rest.as_os_str().is_empty() { to.to_path_buf() } else { to.join(rest) })
 }

@@ -256,7 +256,7 @@ impl RegistryFilesystem {
             Node::Upload(upload, repository) => {
                 Some(layout::upload_data(&snapshot.path(repository)?, &snapshot.name(upload)?))
             }
-            Node::Trashed(path) => Some(Path::new(layout::TRASH).join(snapshot.path(path)?)),
+            Node::Trashed(path) => Some(Path::new(layout::TRASH).join(snapshot.plain_path(path)?)),
             _ => None,
         }
     }

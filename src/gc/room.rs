@@ -22,6 +22,7 @@ use crate::error::{Error, Result, count};
 use crate::layout;
 use crate::printable::Printable;
 use crate::store::{Kind, Store};
+use crate::trash::undo::needed;
 
 /// So many blobs at most: their names fit into the directory of one.
 const MOST: usize = 32;
@@ -60,6 +61,8 @@ fn make(run: &Collection<'_>, catalog: &Catalog, plan: &Plan) -> Result<bool> {
     let store = run.store;
     run.options.keeper.allows(run.options.change())?;
     outliving::tell(&run.options.gate, catalog, &plan.items)?;
+    // Whose undo ends is for the sweep to say, and to tell.
+    let Some(needed) = needed(store)? else { return Ok(false) };
     let reached = mark(catalog, &Untagged::new());
     let is_dead = |item: &Item| {
         item.blob().filter(|(id, _)| !reached.is_reachable(*id) && catalog.parsed(*id).is_none())
@@ -70,6 +73,7 @@ fn make(run: &Collection<'_>, catalog: &Catalog, plan: &Plan) -> Result<bool> {
         .filter_map(is_dead)
         .map(|(id, bytes)| (bytes, catalog.tables.digests.get(id)))
         .filter(|(_, digest)| digest.algorithm() == Algorithm::Sha256)
+        .filter(|(_, digest)| !needed.contains(&layout::blob_data(digest)))
         .collect();
     dead.sort_unstable_by_key(|(bytes, _)| std::cmp::Reverse(*bytes));
     let mut moved = Vec::new();

@@ -159,6 +159,20 @@ pub fn undo(store: &dyn Store, id: &str) -> Result<Undone> {
     Ok(undone)
 }
 
+/// What the undo of any transaction needs, wherever it is now; `None` where a manifest in the trash can't be read.
+pub fn needed(store: &dyn Store) -> Result<Option<BTreeSet<PathBuf>>> {
+    let all = contents(store)?;
+    let mut paths = BTreeSet::new();
+    for transaction in &all {
+        let needs = Needs::of(store, &all, transaction)?;
+        if needs.is_unclear {
+            return Ok(None);
+        }
+        paths.extend(needs.paths);
+    }
+    Ok(Some(paths))
+}
+
 /// What comes back, in its order, and from which transaction.
 type Moves<'a> = BTreeMap<(u8, PathBuf), &'a Contents>;
 

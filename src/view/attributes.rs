@@ -121,7 +121,7 @@ impl View<'_> {
     }
 
     fn trashed_attributes(&self, path: NameId, plain: Attributes) -> Result<Option<Attributes>> {
-        let Some(path) = self.snapshot.path(path) else { return Ok(None) };
+        let Some(path) = self.snapshot.plain_path(path) else { return Ok(None) };
         if plain.node_type == Type::Directory {
             let removed_at = path.iter().next().and_then(|id| self.removed_at(id)).unwrap_or(plain.modified);
             return Ok(Some(Attributes { mode: 0o555, links: 2, modified: removed_at, ..plain }));

@@ -65,7 +65,7 @@ impl View<'_> {
                 listed.into_iter().filter_map(why_of).collect()
             }
             Node::Untagged => self.untagged(Path::new("")),
-            Node::UntaggedIn(path) => self.untagged(&snapshot.path(path)?),
+            Node::UntaggedIn(path) => self.untagged(&snapshot.plain_path(path)?),
             Node::Missing => self.algorithms_of(snapshot.missing(self.store), Node::MissingOf),
             Node::MissingOf(algorithm) => snapshot
                 .missing(self.store)

@@ -237,7 +237,7 @@ impl View<'_> {
             | Node::Why
             | Node::WhyOf(_) => self.reachability(node),
             Node::Trash => Some(self.trashed(Path::new(""))?),
-            Node::Trashed(path) => match self.snapshot.path(path) {
+            Node::Trashed(path) => match self.snapshot.plain_path(path) {
                 Some(path) => Some(self.trashed(&path)?),
                 None => None,
             },
@@ -494,7 +494,7 @@ impl View<'_> {
     /// What a node is; `None` for paths in the trash that are gone.
     pub fn type_of(&self, node: Node) -> Result<Option<Type>> {
         Ok(match node {
-            Node::Trashed(path) => match self.snapshot.path(path) {
+            Node::Trashed(path) => match self.snapshot.plain_path(path) {
                 Some(path) => self.type_in_trash(&path)?,
                 None => None,
             },
