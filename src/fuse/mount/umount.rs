@@ -3,6 +3,8 @@
 //! The name of a mount goes in one mount namespace. A container may have a mount of its own of the same filesystem, and
 //! somebody may be inside one whose name was taken away: the daemon serves them until the last of them leaves.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -137,7 +139,11 @@ fn state_of(pid: u32) -> Option<char> {
 /// The process that serves a mount: the parent of its guardian, so that no question goes to a daemon that may be stopped;
 /// where there is none, the mount itself says so. `None` when it does not answer, which is no obstacle to unmounting.
 fn daemon_of(mount: &MountEntry) -> Option<u32> {
-    let guardian = users::processes().into_iter().find(|pid| is_guardian(*pid, mount));
+    // The number of a filesystem is given again when it is gone, and the guardian of the one before may still be ending. A
+    // mount that was moved has a guardian that knows another place.
+    let guardians = users::processes().into_iter().filter_map(|pid| Some((guarded_by(pid, mount)?, pid)));
+    let (here, elsewhere): (Vec<_>, Vec<_>) = guardians.partition(|(place, _)| *place == mount.place);
+    let guardian = here.first().or(elsewhere.first()).map(|(_, pid)| *pid);
     guardian.and_then(parent).or_else(|| {
         let status = std::fs::read(mount.place.join("control/status")).ok()?;
         let status: serde_json::Value = serde_json::from_slice(&status).ok()?;
@@ -145,14 +151,15 @@ fn daemon_of(mount: &MountEntry) -> Option<u32> {
     })
 }
 
-fn is_guardian(pid: u32, mount: &MountEntry) -> bool {
+/// Where the guardian `pid` of a mount of that number found it; `None` of any other process.
+fn guarded_by(pid: u32, mount: &MountEntry) -> Option<PathBuf> {
     let dir = PathBuf::from(format!("/proc/{pid}"));
     let words = std::fs::read(dir.join("cmdline")).unwrap_or_default();
     let words: Vec<&[u8]> = words.split(|b| *b == 0).collect();
-    let [b"regfs", b"guardian", _, device, ..] = words.as_slice() else { return false };
+    let [b"regfs", b"guardian", _, device, place, ..] = words.as_slice() else { return None };
     // Anybody can start a process that looks like one.
     let is_owned = std::fs::metadata(&dir).is_ok_and(|dir| mount.user == Some(dir.uid()));
-    is_owned && *device == mount.device.as_bytes()
+    (is_owned && *device == mount.device.as_bytes()).then(|| PathBuf::from(OsStr::from_bytes(place)))
 }
 
 /// As we number processes: a daemon in a container has another number there. `None` of one whose parent has ended.
