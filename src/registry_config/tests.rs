@@ -63,18 +63,18 @@ fn the_debian_package_s_config_is_understood() {
 version: 0.1
 log:
   fields:
-service: registry
+    service: registry
 storage:
   cache:
-blobdescriptor: inmemory
+    blobdescriptor: inmemory
   filesystem:
-rootdirectory: /var/lib/docker-registry
+    rootdirectory: /var/lib/docker-registry
   delete:
-enabled: true
+    enabled: true
 http:
   addr: :5000
   headers:
-X-Content-Type-Options: [nosniff]
+    X-Content-Type-Options: [nosniff]
 ";
     let argument = resolved(text, &[]).unwrap();
     assert_eq!(argument.storage_root, Path::new("/var/lib/docker-registry"));
