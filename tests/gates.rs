@@ -122,7 +122,8 @@ struct Lookalike(Child);
 
 impl Lookalike {
     fn start(name: &Path, config: &Path) -> Lookalike {
-        fs::copy(common::registry::program(), name).unwrap();
+        // By another process: what this one has open for writing, a child of another thread could keep from being run.
+        clean("cp").arg(common::registry::program()).arg(name).outcome().exits(0);
         let mut command = clean("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(name).arg("serve").arg(config);
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -364,7 +365,12 @@ fn a_registry_by_another_name_or_with_another_way_to_the_storage_is_seen() {
     let (mut registry, _) = garbage(true);
     registry.stop();
     stopped(&registry.store()).exits(0);
-    let text = fs::read_to_string(registry.config()).unwrap();
+    // At a port of its own: one that finds its port taken ends at once.
+    let any_port = |of: &Registry| {
+        let text = fs::read_to_string(of.config()).unwrap();
+        text.replace(&format!("127.0.0.1:{}", of.port()), "127.0.0.1:0")
+    };
+    let text = any_port(&registry);
     let configured = |name: &str, root: &Path| {
         let path = registry.fresh(name);
         fs::write(&path, text.replace(registry.store().to_str().unwrap(), root.to_str().unwrap())).unwrap();
@@ -376,8 +382,9 @@ fn a_registry_by_another_name_or_with_another_way_to_the_storage_is_seen() {
         drop(lookalike);
         stopped(&registry.store()).exits(0);
     };
-    seen("registry_DO_NOT_USE_GC", &registry.config());
-    seen("distd", &registry.config());
+    let config = configured("any-port", &registry.store());
+    seen("registry_DO_NOT_USE_GC", &config);
+    seen("distd", &config);
     // By a symlink.
     let link = registry.fresh("link");
     std::os::unix::fs::symlink(registry.store(), &link).unwrap();
@@ -393,7 +400,9 @@ fn a_registry_by_another_name_or_with_another_way_to_the_storage_is_seen() {
     seen("registry", &configured("elsewhere", &elsewhere));
     // Another storage is none of our business.
     let other = Registry::start();
-    let lookalike = Lookalike::start(&registry.fresh("registry"), &other.config());
+    let config = registry.fresh("other");
+    fs::write(&config, any_port(&other)).unwrap();
+    let lookalike = Lookalike::start(&registry.fresh("registry"), &config);
     stopped(&registry.store()).exits(0);
     drop(lookalike);
 }

@@ -372,7 +372,7 @@ fn a_machine_without_room_for_more_threads_is_no_panic() {
     }
     // A thread takes 2 MiB of addresses.
     let line = format!(
-        "ulimit -v 60000; exec {} gc {} --dry-run --threads 64",
+        "ulimit -v 90000; exec {} gc {} --dry-run --threads 64",
         env!("CARGO_BIN_EXE_regfs"),
         store.root().display()
     );
