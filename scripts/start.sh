@@ -108,7 +108,7 @@ Five things to try:
 
 5. See what a sweep would take, and sweep; without grace=0 what is younger than a day is left alone. registry-stopped
    takes all of it at once; leave it out while a registry runs, and see README.md.
-     echo "dry-run grace=0" > $(quoted "$mountpoint/control/gc"); cat $(quoted "$mountpoint/control/gc")
+     echo "dry-run grace=0 registry-stopped" > $(quoted "$mountpoint/control/gc"); cat $(quoted "$mountpoint/control/gc")
      echo "sweep grace=0 registry-stopped" > $(quoted "$mountpoint/control/gc"); cat $(quoted "$mountpoint/control/gc")
 
 To unmount: $(quoted "$regfs") umount $(quoted "$mountpoint")
