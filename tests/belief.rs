@@ -83,15 +83,6 @@ impl Drop for Fake {
     }
 }
 
-/// A store with an image, an untagged one, and garbage.
-fn store() -> Store {
-    let store = Store::new();
-    store.push("app", Some("1"), &Image::oci("app", &[layer("a", "1")]));
-    store.push("app", None, &Image::oci("untagged", &[layer("b", "1")]));
-    store.put_blob(b"garbage");
-    store
-}
-
 /// Without what earlier runs saw of registries, and with no memory of so much as 600 MB.
 fn gc(store: &Store, words: &[&str]) -> Outcome {
     let _ = fs::remove_file(store.path(".regfs/registries.json"));
@@ -113,7 +104,7 @@ fn whatever_a_registry_names_as_its_configuration_is_not_waited_for() {
     if !have(&["root", "mkfifo"]) {
         return;
     }
-    let (stage, store) = (Stage::new(), store());
+    let (stage, store) = (Stage::new(), Store::with_garbage());
     clean("mkfifo").arg(stage.path("pipe.yml")).outcome().exits(0);
     fs::File::create(stage.path("huge.yml")).unwrap().set_len(2 << 30).unwrap();
     fs::create_dir(stage.path("directory.yml")).unwrap();
@@ -141,7 +132,7 @@ fn who_cannot_write_to_the_storage_neither_opens_nor_closes_the_gate() {
     if !have(&["root"]) {
         return;
     }
-    let (stage, store) = (Stage::new(), store());
+    let (stage, store) = (Stage::new(), Store::with_garbage());
     let (root, plain) = (store.root().to_path_buf(), filesystem(&store));
     let config = stage.config(&plain);
     let elsewhere = stage.path("elsewhere.yml");
@@ -176,7 +167,7 @@ fn where_a_process_says_it_answers_is_asked_only_if_it_could_write_and_never_get
     if !have(&["root"]) {
         return;
     }
-    let (stage, store) = (Stage::new(), store());
+    let (stage, store) = (Stage::new(), Store::with_garbage());
     let thief =
         Server::start(|_| Some(Answer::status(401).with("WWW-Authenticate", "Basic realm=\"registry\"")));
     let storage = format!(
@@ -199,7 +190,7 @@ fn what_a_process_says_of_the_keeper_of_tags_refuses() {
     if !have(&["root"]) {
         return;
     }
-    let (stage, store) = (Stage::new(), store());
+    let (stage, store) = (Stage::new(), Store::with_garbage());
     let harbor = "auth: {htpasswd: {realm: harbor-registry-basic-realm, path: /etc/registry/passwd}}";
     let database = "database: {enabled: true, host: localhost}";
     let sure = ["--grace", "0", "--allow-large"];
@@ -305,7 +296,7 @@ fn dates_are_the_same_everywhere_after_a_command_line_swept_beside_a_mount() {
     if !have(&["root", "fuse"]) {
         return;
     }
-    let (stage, store) = (Stage::new(), store());
+    let (stage, store) = (Stage::new(), Store::with_garbage());
     let config = stage.config(&filesystem(&store));
     let _registry = stage.start(0, "registry", &["serve", text(&config)], &[]);
     let words = ["--grace", "4h", "--drain", "3h"];
@@ -329,7 +320,7 @@ fn what_a_mount_holds_back_stands_in_its_status_and_its_log() {
     if !have(&["root", "fuse"]) {
         return;
     }
-    let (_stage, store) = (Stage::new(), store());
+    let (_stage, store) = (Stage::new(), Store::with_garbage());
     for number in 0..30 {
         let name = format!("untagged {number}");
         store.push("app", None, &Image::oci(&name, &[layer("c", &name)]));

@@ -9,21 +9,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use common::image::{Image, layer};
 use common::mount::Mount;
 use common::run::{Bounded, Outcome, regfs, sh};
 use common::store::Store;
 use common::{have, scratch, snapshot};
 use regfs::advice::{Advice, OPTIONS, Place};
-
-/// A store with an image, and garbage.
-fn store() -> Store {
-    let store = Store::new();
-    store.push("app", Some("1"), &Image::oci("app", &[layer("a", "1")]));
-    store.push("app", None, &Image::oci("untagged", &[layer("b", "1")]));
-    store.put_blob(b"garbage");
-    store
-}
 
 fn lock(store: &Store, name: &str) {
     let directory = store.root().join("docker/registry/lockfiles");
@@ -65,7 +55,7 @@ fn nothing_of_gitlabs_database_registry_is_taken_whatever_is_forced() {
         (&[], Some("log: {level: error}"), Some("true"), true),
     ];
     for (locks, rest, variable, is_refused) in cases {
-        let (store, dir) = (store(), scratch());
+        let (store, dir) = (Store::with_garbage(), scratch());
         locks.iter().for_each(|name| lock(&store, name));
         let argument =
             rest.map_or_else(|| store.root().to_path_buf(), |rest| config(dir.path(), &store, rest));
@@ -105,7 +95,7 @@ fn of_harbors_registry_what_nothing_leads_to_goes_and_nothing_else() {
         "auth: {htpasswd: {realm: harbor-registry-basic-realm, path: /etc/registry/passwd}}",
         "notifications: {endpoints: [{name: harbor, url: http://core:8080/service/notifications}]}",
     ] {
-        let (store, dir) = (store(), scratch());
+        let (store, dir) = (Store::with_garbage(), scratch());
         let file = config(dir.path(), &store, rest);
         let gc = |words: &[&str]| regfs(["gc", text(&file)]).args(TAKE_ALL).args(words).outcome();
         gc(&["--untagged"]).exits(1).says("in Harbor");
@@ -120,7 +110,7 @@ fn a_mount_of_such_a_storage_shows_everything_and_changes_nothing() {
     if !have(&["fuse"]) {
         return;
     }
-    let (store, dir) = (store(), scratch());
+    let (store, dir) = (Store::with_garbage(), scratch());
     let file = config(dir.path(), &store, "auth: {htpasswd: {realm: harbor-registry-basic-realm}}");
     let mount = Mount::with(&file, &[]);
     let told = |what: &str| {
@@ -255,7 +245,7 @@ fn what_to_type_about_files_of_regfs_works_as_it_is_printed() {
 
 #[test]
 fn what_a_config_said_once_counts_when_the_directory_is_given() {
-    let (store, dir) = (store(), scratch());
+    let (store, dir) = (Store::with_garbage(), scratch());
     let file = config(dir.path(), &store, "auth: {htpasswd: {realm: harbor-registry-basic-realm}}");
     regfs(["gc", text(&file)]).outcome().exits_one_of(&[0, 3]);
     regfs(["gc"]).arg(store.root()).args(TAKE_ALL).arg("--untagged").outcome().exits(1).says("in Harbor");

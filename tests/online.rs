@@ -122,7 +122,8 @@ fn a_registry_that_runs_is_found_and_its_word_counts_only_if_it_is_its_own() {
         // To say that it is stopped is no way around it.
         let words = [&TIMES[..], &["--registry-stopped"]].concat();
         let refused = regfs(["gc"]).arg(registry.store()).args(&words).outcome().exits(1).says("force");
-        assert!(refused.stderr.contains("docker-registry serve"), "{refused}");
+        let words = format!("{} serve", common::registry::binary());
+        assert!(refused.stderr.contains(&words), "{refused}");
         // Nor to want it now.
         let now = regfs(["gc"]).arg(registry.config()).args([&TIMES[..], &["--now"]].concat()).outcome();
         now.exits(1).says("registry-stopped");

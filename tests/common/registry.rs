@@ -546,7 +546,8 @@ pub(crate) fn stock_garbage(config: &Path) -> BTreeSet<String> {
 /// The program of the registry.
 pub(crate) fn program() -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut places = std::env::split_paths(&path).map(|dir| dir.join("docker-registry"));
+    // A path of its own stays what it is.
+    let mut places = std::env::split_paths(&path).map(|dir| dir.join(binary()));
     places.find(|place| place.is_file()).expect("it is installed")
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use super::check::{blob_path, registry_dir, sha256};
-use super::image::Image;
+use super::image::{Image, layer};
 use super::scratch;
 
 /// A storage root that removes itself.
@@ -63,6 +63,15 @@ impl Store {
     /// `…/data` of a blob.
     pub(crate) fn blob(&self, digest: &str) -> PathBuf {
         self.path(blob_path(digest))
+    }
+
+    /// A store with an image, an untagged one, and garbage.
+    pub(crate) fn with_garbage() -> Store {
+        let store = Store::new();
+        store.push("app", Some("1"), &Image::oci("app", &[layer("a", "1")]));
+        store.push("app", None, &Image::oci("untagged", &[layer("b", "1")]));
+        store.put_blob(b"garbage");
+        store
     }
 
     /// Stores bytes under their digest.
